@@ -135,16 +135,21 @@ def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where
             )
 
 
-def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
-    pointers, scales = planes["row_pointers"], planes["scales"]
+def check_scales(scales: np.ndarray, where: str) -> None:
+    """Checks one layer's scales, or a stack's; cheap enough for readers to do at every load."""
     with np.errstate(invalid="ignore"):
         good = (scales == 0) | ((scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE))
     if not good.all():
-        row = int(np.flatnonzero(~good)[0])
+        at = tuple(np.argwhere(~good)[0].tolist())
         _fail(
             where,
-            f"row {row}: scales must be 0 or in [{SMALLEST_SCALE:.6g}, {LARGEST_SCALE:.6g}]; got {scales[row]}",
+            f"row {at[-1]}: scales must be 0 or in [{SMALLEST_SCALE:.6g}, {LARGEST_SCALE:.6g}]; got {scales[at]}",
         )
+
+
+def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
+    pointers = planes["row_pointers"]
+    check_scales(planes["scales"], where)
     for name in ("values", "delta_indices", "prime_indices"):
         tail = planes.get(name, np.zeros(0))[int(pointers[-1]) if name in planes else 0 :]
         if tail.any():

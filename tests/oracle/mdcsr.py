@@ -35,8 +35,8 @@ def decode(values, deltas, scales, row_pointers, prime_indices, shape) -> np.nda
             if prime_indices is not None:
                 level *= _prime(int(prime_indices[i]))
             if level:
-                out[row, column] += np.float32(level) * np.float32(scales[row])
-    return out
+                out[row, column] += np.float32(level)
+    return out * np.asarray(scales, np.float32)[:, None]
 
 
 def decode_layer(layer) -> np.ndarray:

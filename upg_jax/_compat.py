@@ -1,0 +1,90 @@
+"""Every semi-public or version-dependent JAX name the library uses; supported: jax 0.5.0 and newer.
+
+Nothing else in the package may reach into JAX beyond its documented modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = [
+    "Primitive",
+    "TraceContext",
+    "ad",
+    "batching",
+    "explicit_sharding",
+    "mlir",
+    "unify_varying",
+    "varying_axes",
+]
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual mesh axes that `x` varies over under `jax.shard_map`; empty elsewhere and on older JAX."""
+    if not hasattr(jax, "typeof"):
+        return frozenset()
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(getattr(aval, "vma", ()))
+
+
+def unify_varying(*arrays: Any) -> list[Any]:
+    """Brings arrays to the union of their varying axes.
+
+    A primitive does not do so by itself, and `jax.shard_map` derives from it where a gradient must be summed:
+    without this, column-parallel gradients come out wrong without an error.
+    """
+    union = frozenset().union(*map(varying_axes, arrays))
+    return [_to_varying(a, tuple(union - varying_axes(a))) for a in arrays]
+
+
+def _to_varying(x: Any, axes: Sequence[str]) -> Any:
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)
+
+
+def explicit_sharding(x: Any) -> Any | None:
+    """The sharding of `x` where its type carries one (a mesh with explicit axes), else None."""
+    sharding = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    if sharding is None or not getattr(sharding.mesh, "explicit_axes", ()):
+        return None
+    return sharding
+
+
+class TraceContext:
+    """A value that a context manager sets for a thread and that takes part in the key of jit's caches."""
+
+    def __init__(self, default: str) -> None:
+        self._native: Any = jax.make_user_context(default) if hasattr(jax, "make_user_context") else None
+        self._value = default
+
+    @property
+    def value(self) -> str:
+        """The innermost value set."""
+        return self._native.value if self._native is not None else self._value
+
+    @contextlib.contextmanager
+    def __call__(self, value: str) -> Iterator[None]:
+        """Sets the value inside a `with` block."""
+        if self._native is not None:
+            with self._native(value):
+                yield
+            return
+        # Older JAX has no public way into the cache key, so what was traced must be forgotten instead.
+        previous, self._value = self._value, value
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            self._value = previous
+            jax.clear_caches()

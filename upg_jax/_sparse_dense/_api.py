@@ -1,0 +1,119 @@
+"""`sparse_dense`: argument checks, bias and rounding around the primitive."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from upg_jax._compat import explicit_sharding
+from upg_jax._mdcsr import MdCSR
+from upg_jax._sparse_dense._backend import requested_backend
+from upg_jax._sparse_dense._primitive import bind, operands, sparse_dense_p
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | None = None) -> jax.Array:
+    """Multiplies by a compressed layer: `x @ W.T + bias`.
+
+    Works under jit, vmap, grad (of `x`, `bias` and `layer.scales`, any order), scan and `shard_map`. Products are
+    accumulated in float32, scaled once per row, and rounded to `x`'s dtype once.
+
+    Args:
+        x: float32, bfloat16 or float16 `(..., in_features)`, any number of leading dimensions.
+        layer: the compressed matrix, or a stack of them with `index`.
+        bias: optional `(out_features,)` in `x`'s dtype or float32.
+        index: which layer of a stack to use, read in place: an integer, a traced scalar, or an integer array
+            whose shape is a prefix of `x`'s leading shape (a layer for each group of vectors). Negative values
+            count from the end; traced values are clamped to the stack as JAX clamps indices.
+
+    Returns:
+        `(..., out_features)` in `x`'s dtype.
+
+    Raises:
+        TypeError: for a layer that is no `MdCSR`, or an unsupported dtype.
+        ValueError: for shapes that do not fit, a stack without `index` or the reverse.
+        IndexError: for a Python `index` outside the stack.
+        BackendError: if the backend asked for cannot be used here.
+    """
+    if not isinstance(layer, MdCSR):
+        raise TypeError(f"sparse_dense: layer must be an upg_jax.MdCSR; got {type(layer).__name__}")
+    x = jnp.asarray(x)
+    _check_x(x, layer)
+    if bias is not None:
+        bias = _check_bias(jnp.asarray(bias), x, layer)
+    index = _check_index(index, x, layer)
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return _product(x, layer, bias, index)
+    return _in_auto_mode(sharding, x, layer, bias, index)
+
+
+def _product(x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array) -> jax.Array:
+    layout, scales, planes = operands(layer)
+    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=requested_backend())
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _in_auto_mode(
+    sharding: Any, x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array
+) -> jax.Array:
+    """Under a mesh with explicit axes the result keeps the sharding of `x`'s leading dimensions."""
+    *lead, features = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    if features is not None:
+        raise ValueError(
+            f"sparse_dense: the last dimension of x must not be sharded; it is, over {features!r}; use "
+            "jax.shard_map for a row-parallel product, or jax.reshard x first"
+        )
+    out = jax.sharding.PartitionSpec(*lead, None)
+    return jax.sharding.auto_axes(_product, out_sharding=out)(x, layer, bias, index)
+
+
+def _check_x(x: jax.Array, layer: MdCSR) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"sparse_dense: x must be float32, bfloat16 or float16; got {x.dtype}; use x.astype(jnp.float32)"
+        )
+    if x.ndim == 0 or x.shape[-1] != layer.in_features:
+        raise ValueError(
+            f"sparse_dense: x must be (..., in_features={layer.in_features}); got shape {x.shape} for a layer of "
+            f"shape (out, in) = {layer.shape}"
+        )
+
+
+def _check_bias(bias: jax.Array, x: jax.Array, layer: MdCSR) -> jax.Array:
+    if bias.shape != (layer.out_features,):
+        raise ValueError(f"sparse_dense: bias must be (out_features,) = ({layer.out_features},); got {bias.shape}")
+    if bias.dtype not in (x.dtype, jnp.float32):
+        raise TypeError(f"sparse_dense: bias must be {x.dtype} (as x) or float32; got {bias.dtype}")
+    return bias
+
+
+def _check_index(index: Any, x: jax.Array, layer: MdCSR) -> jax.Array:
+    size = layer.stack_size
+    if size is None:
+        if index is not None:
+            raise ValueError("sparse_dense: index is for a stack of layers; this layer is a single one")
+        return jnp.zeros((), jnp.int32)
+    if index is None:
+        raise ValueError(
+            f"sparse_dense: a stack of {size} layers needs index=; or map over the stack with jax.vmap or lax.scan"
+        )
+    if not isinstance(index, jax.Array) and jnp.ndim(index) == 0:
+        i = operator.index(index)
+        if not -size <= i < size:
+            raise IndexError(f"sparse_dense: index {i} is out of range for a stack of {size} layers")
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"sparse_dense: index must be integers; got {index.dtype}")
+    if index.shape != x.shape[: index.ndim] or index.ndim >= x.ndim:
+        raise ValueError(
+            f"sparse_dense: index's shape must be a prefix of x's leading shape {x.shape[:-1]}; got {index.shape}"
+        )
+    index = index.astype(jnp.int32)
+    return jnp.clip(jnp.where(index < 0, index + size, index), 0, max(size - 1, 0))

@@ -1,0 +1,80 @@
+"""Which implementation `sparse_dense` lowers to, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
+
+from upg_jax._compat import TraceContext
+from upg_jax._errors import BackendError
+
+Backend: TypeAlias = Literal["auto", "reference"]
+
+ENVIRONMENT_VARIABLE = "UPG_JAX_BACKEND"
+
+
+def _always() -> str | None:
+    return None
+
+
+# name -> a function that returns why it cannot be used here, or None
+BACKENDS: dict[str, Callable[[], str | None]] = {"reference": _always}
+_PLANNED = ("native", "metal", "emulator", "cuda")
+
+_requested = TraceContext("")
+
+
+def unavailable_reason(backend: str) -> str | None:
+    """Says why `backend` cannot be used in this process; None where it can.
+
+    Raises:
+        BackendError: if there is no backend of that name.
+    """
+    if backend in BACKENDS:
+        return BACKENDS[backend]()
+    if backend in _PLANNED:
+        return "this version of upg_jax does not have it yet"
+    known = ", ".join(["auto", *BACKENDS, *_PLANNED])
+    raise BackendError(f"backend: must be one of {known}; got {backend!r}")
+
+
+def requested_backend() -> str:
+    """The backend asked for by `use_backend` or the environment; read while tracing.
+
+    Raises:
+        BackendError: if it does not exist or cannot be used here, with the reason.
+    """
+    backend = _requested.value or os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if backend != "auto" and (reason := unavailable_reason(backend)):
+        raise BackendError(f"backend {backend!r} cannot be used here: {reason}; use 'auto' or 'reference'")
+    return backend
+
+
+def choose_backend(platform: str) -> tuple[str, str]:
+    """Returns the backend that the current choice gives on a JAX platform, and the reason."""
+    backend = requested_backend()
+    if backend != "auto":
+        origin = "use_backend" if _requested.value else f"the environment variable {ENVIRONMENT_VARIABLE}"
+        return backend, f"forced by {origin}"
+    return "reference", f"no kernels for platform {platform!r} in this version: pure JAX runs everywhere"
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Forces the implementation of `sparse_dense` inside a `with` block, for the calling thread.
+
+    The choice is part of jit's cache key: a jitted function that was traced under another choice is traced
+    again. It takes precedence over the environment variable `UPG_JAX_BACKEND`, which is read when tracing.
+
+    Args:
+        backend: `"auto"`, `"reference"`, or a kernel backend that `upg-jax doctor` lists as usable.
+
+    Raises:
+        BackendError: if there is no such backend or it cannot be used here, saying why.
+    """
+    if backend != "auto" and (reason := unavailable_reason(backend)):
+        raise BackendError(f"backend {backend!r} cannot be used here: {reason}; use 'auto' or 'reference'")
+    with _requested(backend):
+        yield
