@@ -56,7 +56,7 @@ def _product(x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Arra
     layout, scales, planes = operands(layer)
     y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=requested_backend())
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y.astype(x.dtype)
 
 

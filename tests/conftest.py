@@ -1,0 +1,37 @@
+"""Strict JAX for every test: no silent promotion, warnings are errors (pyproject.toml), several CPU devices."""
+
+from __future__ import annotations
+
+import os
+
+# Read once, when jax starts its CPU backend, so they must be set before anything imports it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from helpers.backends import BACKEND_PARAMS
+
+from upg_jax import use_backend
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in every run; `--hypothesis-seed` or a profile of one's own explores others.
+hypothesis.settings.register_profile("upg_jax", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.load_profile("upg_jax")
+
+
+@pytest.fixture(params=BACKEND_PARAMS)
+def backend(request):
+    """Runs a test once on every usable implementation of `sparse_dense`; the others are skipped with a reason."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240229)
