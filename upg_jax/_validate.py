@@ -55,8 +55,8 @@ def _check_metadata(layer: MdCSR, where: str) -> None:
     if max(layer.shape) > MAX_ENTRIES:
         _fail(where, f"shape must stay below 2**31 in each direction; got {layer.shape}")
     alignment = layer.row_alignment
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        _fail(where, f"row_alignment must be a power of two; got {alignment!r}")
+    if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ENTRIES or alignment & (alignment - 1):
+        _fail(where, f"row_alignment must be a power of two below 2**31; got {alignment!r}")
     if layer.dtype not in DTYPES:
         _fail(where, f"dtype must be one of {', '.join(DTYPES)}; got {layer.dtype!r}")
     if layer.index != "delta8" or layer.value_bits != 8:
@@ -179,14 +179,14 @@ def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> N
 
 
 def _check_fillers(rows: np.ndarray, deltas: np.ndarray, filler: np.ndarray, where: str) -> None:
-    """Fillers are (0, 255) before a stored weight, or (0, 0) at the end of a row."""
-    at_end = filler & (deltas == 0)
-    followed = np.zeros_like(filler)
-    followed[:-1] = (rows[1:] == rows[:-1]) & ~at_end[1:]
-    bad = np.flatnonzero((filler & (deltas != 0) & (deltas != 255)) | (at_end & followed))
+    """Fillers are (0, 255) on the way to a stored weight, or (0, 0) at the end of a row."""
+    padding = filler & (deltas == 0)
+    leads_on = np.zeros_like(filler)
+    leads_on[:-1] = (rows[1:] == rows[:-1]) & ~padding[1:]
+    bad = np.flatnonzero(filler & np.where(padding, leads_on, (deltas != 255) | ~leads_on))
     if bad.size:
         _fail(
             where,
-            f"row {rows[bad[0]]}: an entry of value 0 must have delta 255, or delta 0 at the end of its row; got "
-            f"delta {deltas[bad[0]]}",
+            f"row {rows[bad[0]]}: an entry of value 0 must have delta 255 and a stored weight after it, or delta 0 "
+            f"at the end of its row; got delta {deltas[bad[0]]}",
         )

@@ -1,0 +1,46 @@
+"""Replacing files whole: a reader sees the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path` that takes its place when the block ends well.
+
+    On success the file's bytes and then its name are forced to disk; on any exception, an interrupt included,
+    the temporary file is removed and `path` is as before. Maps of the old file stay valid.
+
+    Raises:
+        FileNotFoundError: if the directory does not exist.
+        OSError: if `path` exists and is not a regular file, or for anything the disk reports.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"write: {path} exists and is not a regular file; choose another name")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Not tempfile: its 0600 would override the user's umask.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    # Windows flushes only handles that may write; POSIX opens directories only for reading.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""The `__metadata__` of a version 2 file: what it says of the whole file and of each matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any, get_args
+
+from upg_jax._encode import MAX_ENTRIES
+from upg_jax._errors import FormatError
+from upg_jax._mdcsr import DTYPES, Manifold
+from upg_jax.io._header import show, strict_json
+
+FORMAT = "upg-mdcsr"
+VERSION = "2.0"
+RESERVED = ("format", "version", "mdcsr", "model", "provenance")
+PADDING_PREFIX = "__padding__."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MatrixFacts:
+    """What the metadata says of one compressed matrix."""
+
+    shape: tuple[int, int]
+    manifold: Manifold
+    row_alignment: int
+    true_nnz: int
+    index: str
+    value_bits: int
+    dtype: str
+
+    def plane_shapes(self, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Safetensors dtype and shape of each plane, the bulky ones first, for planes of `length` entries."""
+        planes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "values": ("I8", (length,)),
+            "delta_indices": ("U8", (length,)),
+        }
+        if self.manifold == "prime":
+            planes["prime_indices"] = ("U16", (length,))
+        planes["scales"] = ("F32", (self.shape[0],))
+        planes["row_pointers"] = ("U32", (self.shape[0] + 1,))
+        return planes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileFacts:
+    """The checked metadata of one file."""
+
+    matrices: dict[str, MatrixFacts]
+    model: dict[str, Any] | None
+    provenance: dict[str, Any] | None
+    other: dict[str, str]
+
+
+def to_strings(
+    matrices: dict[str, MatrixFacts],
+    metadata: dict[str, str],
+    model: dict[str, Any] | None,
+    provenance: dict[str, Any] | None,
+) -> dict[str, str]:
+    """Builds `__metadata__`; the caller has checked `metadata`."""
+    strings = {"format": FORMAT, "version": VERSION}
+    strings["mdcsr"] = json.dumps({name: dataclasses.asdict(facts) for name, facts in matrices.items()})
+    for key, value in (("model", model), ("provenance", provenance)):
+        if value is not None:
+            strings[key] = json.dumps(value, allow_nan=False)
+    return strings | metadata
+
+
+def from_strings(metadata: dict[str, str], path: object) -> FileFacts:
+    """Checks and parses `__metadata__`; unknown keys are kept in `other`.
+
+    Raises:
+        FormatError: naming the file and the rule.
+    """
+    if metadata.get("format") != FORMAT:
+        raise FormatError(
+            f"{path}: metadata key 'format' must be {FORMAT!r}; got {show(metadata.get('format'))}; a plain "
+            "safetensors checkpoint is compressed with `upg-jax compress`"
+        )
+    version = metadata.get("version", "")
+    if not re.fullmatch(r"2\.\d{1,9}", version, re.ASCII):
+        raise FormatError(
+            f"{path}: this build reads version 2 files; got version {show(version)}; upgrade upg_jax"
+        )
+    entries = _json_object(metadata, "mdcsr", path)
+    if entries is None:
+        raise FormatError(f"{path}: metadata key 'mdcsr' is missing")
+    return FileFacts(
+        matrices={name: _matrix(name, entry, path) for name, entry in entries.items()},
+        model=_json_object(metadata, "model", path),
+        provenance=_json_object(metadata, "provenance", path),
+        other={key: value for key, value in metadata.items() if key not in RESERVED},
+    )
+
+
+def _json_object(metadata: dict[str, str], key: str, path: object) -> dict[str, Any] | None:
+    if key not in metadata:
+        return None
+    value = strict_json(metadata[key], f"{path}: metadata key {key!r}")
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: metadata key {key!r} must hold a JSON object; got {show(value)}")
+    return value
+
+
+def _matrix(name: str, entry: Any, path: object) -> MatrixFacts:
+    where = f"{path}: metadata of {show(name)}"
+    keys = [field.name for field in dataclasses.fields(MatrixFacts)]
+    if not isinstance(entry, dict) or not entry.keys() >= set(keys):
+        raise FormatError(f"{where}: must be a JSON object with {', '.join(keys)}; got {show(entry)}")
+    if entry["index"] != "delta8" or type(entry["value_bits"]) is not int or entry["value_bits"] != 8:
+        raise FormatError(
+            f"{where}: this build reads index 'delta8' with value_bits 8; got {show(entry['index'])} with "
+            f"{show(entry['value_bits'])}; upgrade upg_jax"
+        )
+    rules = {
+        "shape": ("two integers below 2**31", _is_shape),
+        "manifold": ("'unit' or 'prime'", lambda value: value in get_args(Manifold)),
+        "row_alignment": ("a power of two", lambda value: _is_count(value) and value.bit_count() == 1),
+        "true_nnz": ("a count below 2**31", _is_count),
+        "dtype": (f"one of {', '.join(DTYPES)}", lambda value: value in DTYPES),
+    }
+    for key, (rule, holds) in rules.items():
+        if not holds(entry[key]):
+            raise FormatError(f"{where}: {key} must be {rule}; got {show(entry[key])}")
+    return MatrixFacts(**{key: entry[key] for key in keys} | {"shape": tuple(entry["shape"])})
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_ENTRIES
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
