@@ -1,0 +1,42 @@
+"""Collects the commands, one module each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from upg_jax._version import __version__
+from upg_jax.cli import _compress, _convert, _demo, _doctor, _evaluate, _generate, _inspect
+
+app = typer.Typer(
+    help="Compressed linear layers for JAX: compress, inspect and run language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"upg-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("demo")(_demo.demo)
+app.command("compress")(_compress.compress)
+app.command("convert")(_convert.convert)
+app.command("inspect")(_inspect.inspect)
+app.command("verify")(_inspect.verify)
+app.command("eval")(_evaluate.evaluate)
+app.command("generate")(_generate.generate)
+app.command("doctor")(_doctor.doctor)

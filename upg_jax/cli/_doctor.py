@@ -1,0 +1,98 @@
+"""`upg-jax doctor`: what is installed, what this machine has, and what `sparse_dense` does here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upg_jax._version import __version__
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "safetensors", "chex", "gguf", "tokenizers", "jinja2")
+_SIMD = ("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "amx_int8")
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Prints versions, platform, SIMD, and which lowering sparse_dense takes here and why."""
+    from upg_jax.cli._output import print_json, stdout
+
+    report = collect()
+    if json:
+        print_json(report)
+        return
+    from rich.table import Table
+
+    for title, rows in report.items():
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(min_width=14, style="cyan")
+        table.add_column(overflow="fold")
+        for key, value in rows.items():
+            table.add_row(key, str(value))
+        stdout.print(table)
+        stdout.print()
+
+
+def collect() -> dict[str, dict[str, Any]]:
+    """Returns the report as sections of key and value."""
+    import jax
+
+    from upg_jax._sparse_dense import BACKENDS, choose_backend, unavailable_reason
+
+    devices = jax.devices()
+    backend, reason = choose_backend(devices[0].platform)
+    return {
+        "versions": {
+            "upg_jax": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "SIMD": ", ".join(_simd()) or "unknown",
+        },
+        "jax": {
+            "platform": devices[0].platform,
+            "devices": ", ".join(str(d) for d in devices),
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "not set"),
+        },
+        "sparse_dense": {
+            "lowering": backend,
+            "because": reason,
+            "UPG_JAX_BACKEND": os.environ.get("UPG_JAX_BACKEND", "not set"),
+            **{f"{name} backend": unavailable_reason(name) or "usable" for name in BACKENDS},
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _simd() -> list[str]:
+    if platform.machine() in ("arm64", "aarch64"):
+        return ["neon"]
+    flags = _cpuinfo("flags").split()
+    return [name for name in _SIMD if name in flags]

@@ -1,0 +1,81 @@
+"""`upg-jax inspect` and `upg-jax verify`: what a UPG file holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from upg_jax.io import TensorInfo
+
+FileArgument = Annotated[
+    Path, typer.Argument(help="A UPG file, a directory with one, or a sharded file's index.json.")
+]
+
+
+def inspect(
+    path: FileArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Lists a UPG file's tensors with their sizes, from the header alone."""
+    from upg_jax.cli._output import human_bytes, print_json, stdout
+    from upg_jax.io import UPGDecompressor
+
+    with UPGDecompressor.from_safetensors(path) as f:
+        infos = [f.info(name) for name in f.names()]
+        summary = summarize(infos)
+        if json:
+            tensors = [{**dataclasses.asdict(i), "bits_per_weight": i.bits_per_weight} for i in infos]
+            print_json({"summary": summary, "tensors": tensors, "provenance": f.provenance})
+            return
+    from rich.table import Table
+
+    table = Table("tensor", "shape", "dtype", "manifold")
+    for header in ("density", "bits per weight", "stored"):
+        table.add_column(header, justify="right")
+    for i in infos:
+        table.add_row(
+            i.name,
+            " x ".join(map(str, i.shape)),
+            i.dtype,
+            i.manifold or "dense",
+            "" if i.true_nnz is None else f"{i.true_nnz / max(i.num_weights, 1):.3f}",
+            f"{i.bits_per_weight:.2f}",
+            human_bytes(i.stored_bytes),
+        )
+    stdout.print(table)
+    line = f"{summary['tensors']} tensors, {human_bytes(summary['stored_bytes'])}"
+    if summary["compressed"]:
+        line += (
+            f"; {summary['compressed']} compressed at density {summary['density']:.3f}, "
+            f"{summary['bits_per_weight']:.2f} bits per weight"
+        )
+    stdout.print(line)
+
+
+def summarize(infos: Sequence[TensorInfo]) -> dict[str, Any]:
+    """Sizes over a file's tensors; density and bits per weight over the compressed ones, all planes counted."""
+    compressed = [i for i in infos if i.manifold is not None]
+    weights = max(sum(i.num_weights for i in compressed), 1)
+    return {
+        "tensors": len(infos),
+        "compressed": len(compressed),
+        "stored_bytes": sum(i.stored_bytes for i in infos),
+        "density": sum(i.true_nnz or 0 for i in compressed) / weights,
+        "bits_per_weight": 8 * sum(i.stored_bytes for i in compressed) / weights,
+    }
+
+
+def verify(path: FileArgument) -> None:
+    """Checks every rule of the format on every entry; exits with 1 and names the first that is broken."""
+    from upg_jax.cli._output import stderr, stdout
+    from upg_jax.io import UPGDecompressor
+
+    with UPGDecompressor.from_safetensors(path) as f, stderr.status("verifying") as status:
+        f.verify(progress=lambda name: status.update(f"verifying {name}"))
+        count = len(f.names())
+    stdout.print(f"{path}: {count} tensors are valid", highlight=False)
