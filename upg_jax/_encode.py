@@ -54,10 +54,12 @@ def encode_dense(
     chunks = []
     scales = np.zeros(w.shape[0], np.float32)
     for start, stop in _row_chunks(w.shape):
-        chunk = w[start:stop].astype(np.float32)
+        chunk = _as_float32(w[start:stop])
         _check_finite(chunk, w, start)
         rows, columns = np.nonzero(kept(start, stop))
-        entries, scales[start:stop] = _quantize(chunk, rows, columns, manifold, start)
+        entries, scales[start:stop] = quantize_entries(
+            rows, columns, chunk[rows, columns], num_rows=stop - start, manifold=manifold, first_row=start
+        )
         chunks.append(encode_entries(*entries, num_rows=stop - start, row_alignment=row_alignment))
     return assemble(
         chunks,
@@ -184,6 +186,11 @@ def _row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
+def _as_float32(w: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite here, and is refused by name
+        return w.astype(np.float32)
+
+
 def _check_alignment(row_alignment: int) -> None:
     if row_alignment < 1 or row_alignment & (row_alignment - 1):
         raise EncodingError(f"from_dense: row_alignment must be a power of two; got {row_alignment!r}")
@@ -235,7 +242,7 @@ def _kept_weights(w: np.ndarray, density: float | None, mask: Any | None) -> Any
 
 def _magnitude_bits(w: np.ndarray) -> np.ndarray:
     """Bits of `|w|` in float32, which sort as the magnitudes do."""
-    return np.abs(w.astype(np.float32)).view(np.uint32)
+    return np.abs(_as_float32(w)).view(np.uint32)
 
 
 def _magnitude_threshold(w: np.ndarray, keep: int) -> tuple[int, int]:
@@ -264,12 +271,32 @@ def _magnitude_threshold(w: np.ndarray, keep: int) -> tuple[int, int]:
     return high_bucket << 16 | low_bucket, keep
 
 
-def _quantize(
-    chunk: np.ndarray, rows: np.ndarray, columns: np.ndarray, manifold: Manifold, first_row: int
+def quantize_entries(
+    rows: np.ndarray,
+    columns: np.ndarray,
+    weights: np.ndarray,
+    *,
+    num_rows: int,
+    manifold: Manifold,
+    first_row: int = 0,
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Quantizes the kept weights of a chunk of rows; returns the entries that are not 0, and the scales."""
-    weights = chunk[rows, columns]
-    largest = np.zeros(chunk.shape[0], np.float32)
+    """Quantizes float weights with absolute columns, row by row.
+
+    Args:
+        rows: `(n,)` integers, non-decreasing, in `[0, num_rows)`.
+        columns: `(n,)` integers.
+        weights: float32 `(n,)`, finite.
+        num_rows: rows to quantize; rows without entries get scale 0.
+        manifold: of the result.
+        first_row: the number of row 0 in the matrix, for messages.
+
+    Returns:
+        The entries that are not 0, as `encode_entries` takes them, and the scales, float32 `(num_rows,)`.
+
+    Raises:
+        EncodingError: if a row is too large for the format.
+    """
+    largest = np.zeros(num_rows, np.float32)
     if weights.size:
         boundaries = np.flatnonzero(np.diff(rows, prepend=-1))
         largest[rows[boundaries]] = np.maximum.reduceat(np.abs(weights), boundaries)

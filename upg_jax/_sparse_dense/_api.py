@@ -41,6 +41,11 @@ def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | 
     """
     if not isinstance(layer, MdCSR):
         raise TypeError(f"sparse_dense: layer must be an upg_jax.MdCSR; got {type(layer).__name__}")
+    if jnp.ndim(layer.values) not in (1, 2):
+        raise ValueError(
+            f"sparse_dense: layer must be a single one or a stack along one axis; got values of shape "
+            f"{jnp.shape(layer.values)}; use jax.vmap for further axes"
+        )
     x = jnp.asarray(x)
     _check_x(x, layer)
     if bias is not None:
