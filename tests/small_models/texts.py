@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Texts on which tokenizers like to disagree."""
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ TEXTS = (
     "user@example.com",
     "C:\\Users\\name\\file.txt",
     "def f(x):\n    return x + 1\n",
-    "for (int i = 0; i < 10; ++i) {\n\tprintf(\"%d\\n\", i);\n}",
+    'for (int i = 0; i < 10; ++i) {\n\tprintf("%d\\n", i);\n}',
     "if True:\n        pass\n\n\nelse:\r\n\treturn\r\n",
-    "<html><body class=\"a\">text</body></html>",
-    "{\"key\": [1, 2, {\"nested\": null}]}",
+    '<html><body class="a">text</body></html>',
+    '{"key": [1, 2, {"nested": null}]}',
     "SELECT * FROM table WHERE id = 42;",
     "# Title\n\n* item\n* item\n\n```python\ncode\n```",
     "trailing newline\n",
@@ -73,7 +74,7 @@ TEXTS = (
     "text<|endoftext|>text",
     "<|im_start|><|im_end|><|endoftext|>",
     "<|im_start|> spaced <|im_end|>",
-    "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start> almost |im_end|>",
     "<|not_special|>",
 )
