@@ -50,7 +50,7 @@ def encode_dense(
     if manifold not in MANIFOLDS:
         raise EncodingError(f"from_dense: manifold must be one of {MANIFOLDS}; got {manifold!r}")
     _check_alignment(row_alignment)
-    kept = _kept_weights(w, density, mask)
+    kept = kept_weights(w, density, mask)
     chunks = []
     scales = np.zeros(w.shape[0], np.float32)
     for start, stop in _row_chunks(w.shape):
@@ -208,7 +208,7 @@ def _check_finite(chunk: np.ndarray, w: np.ndarray, first_row: int) -> None:
     )
 
 
-def _kept_weights(w: np.ndarray, density: float | None, mask: Any | None) -> Any:
+def kept_weights(w: np.ndarray, density: float | None, mask: Any | None) -> Any:
     """Returns a function from a range of rows to the boolean matrix of weights to keep there."""
     if mask is not None:
         if density is not None:

@@ -83,6 +83,11 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
     for key in tensors:
         items.extend(_describe_leaf(key, tensors[key]))
     _check_names(items)
+    return arrange(items)
+
+
+def arrange(items: Iterable[Item]) -> list[Item]:
+    """Returns items in storage order, with the lengths that their planes are stored with."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault(_group_key(item), []).append(item)

@@ -164,6 +164,11 @@ def write_file(
             _write_tensor(file, tensor, tensors)
 
 
+def file_bytes(placed: Sequence[Placed], strings: dict[str, str]) -> int:
+    """The size of the file that `write_file` writes."""
+    return len(_header(placed, strings)) + max((tensor.offset + tensor.nbytes for tensor in placed), default=0)
+
+
 def _header(placed: Iterable[Placed], strings: dict[str, str]) -> bytes:
     placed = list(placed)
     fields: dict[str, Any] = {METADATA_KEY: strings}
