@@ -1,0 +1,26 @@
+"""Decoder-only transformers on dense or compressed layers, as pure functions of a parameter pytree."""
+
+from __future__ import annotations
+
+from upg_jax.models._cache import KVCache, init_cache
+from upg_jax.models._config import DecoderConfig
+from upg_jax.models._decoder import Params, forward
+from upg_jax.models._families import load, parse_config
+from upg_jax.models._linear import Linear, Linears, is_stacked
+from upg_jax.models._weights import WeightSource, can_stack, stack_layers
+
+__all__ = [
+    "DecoderConfig",
+    "KVCache",
+    "Linear",
+    "Linears",
+    "Params",
+    "WeightSource",
+    "can_stack",
+    "forward",
+    "init_cache",
+    "is_stacked",
+    "load",
+    "parse_config",
+    "stack_layers",
+]

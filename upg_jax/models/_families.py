@@ -1,0 +1,75 @@
+"""The model families that this build knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from upg_jax._errors import CheckpointError
+from upg_jax.models import _llama
+from upg_jax.models._config import DecoderConfig
+from upg_jax.models._weights import Weight, WeightSource, load_params
+
+
+class Family(Protocol):
+    """What a family's module provides."""
+
+    ARCHITECTURE: str
+
+    @staticmethod
+    def parse(config: Mapping[str, Any]) -> DecoderConfig:
+        """Reads a Hugging Face configuration."""
+
+    @staticmethod
+    def weights(config: DecoderConfig) -> list[Weight]:
+        """Lists every tensor that the model has."""
+
+    @staticmethod
+    def ignored(config: DecoderConfig, name: str) -> bool:
+        """Whether a checkpoint may have this tensor although the model does not use it."""
+
+
+_FAMILIES: dict[str, Family] = {family.ARCHITECTURE: family for family in (_llama,)}
+_MODEL_TYPES = {"llama": _llama.ARCHITECTURE}
+
+
+def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a Hugging Face `config.json`.
+
+    Args:
+        config: its content. `architectures` decides the family; where it is absent, `model_type` does.
+
+    Raises:
+        CheckpointError: for an architecture that is not known, naming those that are, or for a setting that is
+            missing, malformed or not supported, naming its key.
+    """
+    declared = config.get("architectures") or [_MODEL_TYPES.get(config.get("model_type", ""), "")]
+    known = [name for name in declared if name in _FAMILIES] if isinstance(declared, list) else []
+    if not known:
+        raise CheckpointError(
+            f"model config: architecture {config.get('architectures') or config.get('model_type')!r} is not "
+            f"supported; this build knows {', '.join(sorted(_FAMILIES))}"
+        )
+    return _FAMILIES[known[0]].parse(config)
+
+
+def load(config: DecoderConfig, source: WeightSource, dtype: Any) -> dict[str, Any]:
+    """Builds the decoder's parameters from a checkpoint's tensors.
+
+    Args:
+        config: what `parse_config` returned.
+        source: where the tensors are.
+        dtype: of the activations; norms, biases and dense matrices are converted to it.
+
+    Raises:
+        CheckpointError: if a tensor is missing, is not part of the model, has another shape, or is compressed
+            where only a dense one can be used; the message names it.
+    """
+    family = _FAMILIES[config.architecture]
+    return load_params(
+        family.weights(config),
+        config.num_layers,
+        source,
+        dtype,
+        ignored=lambda name: family.ignored(config, name),
+    )

@@ -1,0 +1,77 @@
+"""Linear layers of any kind, and the loop over a decoder's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from upg_jax._mdcsr import MdCSR
+from upg_jax._sparse_dense import sparse_dense
+
+Linear: TypeAlias = jax.Array | MdCSR
+"""A weight matrix `(out_features, in_features)`, dense or compressed."""
+
+Linears: TypeAlias = MdCSR | tuple[Linear, ...]
+"""One projection of all layers: a stack that is read in place, or a matrix per layer."""
+
+Carry = TypeVar("Carry")
+
+
+def linear(x: jax.Array, weight: Linear, bias: jax.Array | None = None) -> jax.Array:
+    """`x (..., in) @ weight.T + bias` in `x`'s dtype, accumulated in float32."""
+    if isinstance(weight, MdCSR):
+        return sparse_dense(x, weight, bias)
+    y = _dense_product(x, weight)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32).reshape(*[1] * (y.ndim - 1), -1)
+    return y.astype(x.dtype)
+
+
+def _dense_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    # For one bfloat16 vector, XLA's CPU backend converts the whole matrix to float32 first (12 times slower, and
+    # as much memory again); for two it does not.
+    single = x.dtype != jnp.float32 and x.size == x.shape[-1]
+    rows = jnp.broadcast_to(x[None], (2, *x.shape)) if single else x
+    y = jnp.einsum("...i,oi->...o", rows, weight, precision="highest", preferred_element_type=jnp.float32)
+    return y[0] if single else y
+
+
+def project(x: jax.Array, layers: Mapping[str, Any], name: str, layer: Any) -> jax.Array:
+    """Applies projection `name` of layer number `layer`.
+
+    Args:
+        x: `(..., in)`.
+        layers: the decoder's `layers` parameters: `name` holds the matrices (`Linears`), and `name.bias`, where
+            there is one, the biases `(layers, out)`.
+        name: of the projection.
+        layer: index; traced where `is_stacked(layers)`, else a Python integer.
+    """
+    weight = layers[name]
+    bias = layers[f"{name}.bias"][layer] if f"{name}.bias" in layers else None
+    if isinstance(weight, tuple):
+        return linear(x, weight[layer], bias)
+    return sparse_dense(x, weight, bias, index=layer)
+
+
+def is_stacked(layers: Mapping[str, Any]) -> bool:
+    """Whether every projection is a stack, so that one traced layer can stand for all."""
+    return not any(isinstance(weights, tuple) for weights in layers.values())
+
+
+def for_each_layer(
+    body: Callable[[Any, Carry], Carry], carry: Carry, layers: Mapping[str, Any], count: int
+) -> Carry:
+    """Folds `body(layer, carry)` over the layers.
+
+    One loop with a traced index where the layers are stacked: it compiles a single layer. Otherwise unrolled with
+    Python integers, because slicing a dense matrix out of a stack would copy it at every step.
+    """
+    if is_stacked(layers):
+        return lax.fori_loop(0, count, body, carry)
+    for layer in range(count):
+        carry = body(layer, carry)
+    return carry
