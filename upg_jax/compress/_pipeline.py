@@ -1,0 +1,237 @@
+"""From a checkpoint to a compressed model directory, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upg_jax._encode import encode_dense
+from upg_jax._errors import CheckpointError, EncodingError, FormatError
+from upg_jax.compress._partial import Partial, PartialTensors
+from upg_jax.compress._plan import Plan, bits_per_weight, plan
+from upg_jax.compress._progress import Meter, Progress
+from upg_jax.compress._prune import prune_mask
+from upg_jax.compress._settings import Settings
+from upg_jax.io import Checkpoint, UPGDecompressor, open_checkpoint, save
+
+MODEL = "model.safetensors"
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        density: nonzero weights over all weights; None if it stayed dense.
+        nbytes: bytes in the file, padding tails included.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    density: float | None
+    nbytes: int
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the file per element."""
+        return 8 * self.nbytes / max(self.num_weights, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compression made.
+
+    Attributes:
+        path: the directory.
+        tensors: one entry per tensor, in layer order.
+        file_bytes: size of its `model.safetensors`.
+        tokenizer_files: names of the tokenizer's files in it.
+        resumed: how many tensors an earlier run had encoded.
+        warnings: the plan's.
+    """
+
+    path: Path
+    tensors: list[TensorReport]
+    file_bytes: int
+    tokenizer_files: list[str]
+    resumed: int
+    warnings: list[str]
+
+    @property
+    def compressed(self) -> list[TensorReport]:
+        """The tensors that were encoded."""
+        return [t for t in self.tensors if t.density is not None]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of the encoded tensors, all overheads included."""
+        return bits_per_weight(self.compressed)
+
+
+def compress_checkpoint(
+    source: str | Path | Checkpoint,
+    destination: str | Path,
+    settings: Settings,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    restart: bool = False,
+    force: bool = False,
+) -> Report:
+    """Compresses a checkpoint into a new directory with `model.safetensors`, `config.json` and the tokenizer.
+
+    One tensor at a time is in memory. Work in progress lies in `DESTINATION.partial`; stopped at any point,
+    the same call goes on there and ends with the same bytes. The directory takes its name when complete.
+
+    Args:
+        source: a Hugging Face directory, a GGUF file, or an opened checkpoint.
+        destination: the directory to make.
+        settings: how to compress.
+        progress: called often, with the stage's bytes, rate and time left.
+        restart: forget an earlier run's unfinished work.
+        force: replace the compressed model that `destination` already is.
+
+    Raises:
+        CheckpointError: for a source that cannot be read, unfinished work from other settings or sources, or
+            a destination that is in the way.
+        EncodingError: for rules that match nothing, or weights that cannot be encoded (naming the tensor).
+    """
+    destination = Path(os.path.abspath(destination))
+    checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
+    planned = plan(checkpoint, settings)
+    partial = Partial(destination)
+    if partial.replaced.exists() and not destination.exists():
+        partial.replaced.rename(destination)
+    _check_destination(checkpoint, destination, force or partial.exists())
+    made = partial.open(checkpoint, planned, restart, progress)
+    if _provenance(destination) == made and not partial.output.exists() and not force:
+        # The run before was stopped between naming its result and removing what it was made of.
+        partial.remove()
+        return _report(destination, planned, resumed=len(planned.compressed))
+    if destination.exists() and not force:
+        raise _in_the_way(destination)
+    shutil.rmtree(partial.output, ignore_errors=True)
+    partial.output.mkdir()
+    checkpoint.write_tokenizer(partial.output)
+    resumed = _encode_all(checkpoint, planned, partial, progress)
+    _write_output(checkpoint, planned, partial, made, progress)
+    if destination.exists():
+        shutil.rmtree(partial.replaced, ignore_errors=True)
+        destination.rename(partial.replaced)
+    partial.output.rename(destination)
+    _sync_directory(destination.parent)
+    partial.remove()
+    return _report(destination, planned, resumed)
+
+
+def _encode_all(
+    checkpoint: Checkpoint, planned: Plan, partial: Partial, progress: Callable[[Progress], None] | None
+) -> int:
+    """Encodes the tensors that have no part yet; returns how many had one."""
+    settings = planned.settings
+    nbytes = [t.num_weights * checkpoint.dtype(t.name).itemsize for t in planned.compressed]
+    meter = Meter("encode", sum(nbytes), progress)
+    done = [partial.has_part(i, t.name) for i, t in enumerate(planned.compressed)]
+    meter.skip(sum(n for n, finished in zip(nbytes, done, strict=True) if finished))
+    for i, tensor in enumerate(planned.compressed):
+        if done[i]:
+            continue
+        assert tensor.density is not None
+        w = checkpoint.read(tensor.name)
+        try:
+            mask = prune_mask(w, tensor.density, settings.method)
+            layer = encode_dense(w, mask=mask, manifold=settings.manifold)
+        except EncodingError as e:
+            raise EncodingError(f"compress: tensor {tensor.name!r}: {e}") from e
+        partial.write_part(i, tensor.name, layer)
+        meter.add(nbytes[i], tensor.name)
+    return sum(done)
+
+
+def _write_output(
+    checkpoint: Checkpoint,
+    planned: Plan,
+    partial: Partial,
+    made: dict[str, Any],
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    config = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
+    (partial.output / CONFIG).write_text(config, encoding="utf-8")
+    # `save` asks for a tensor once to describe it and once for every plane it writes.
+    planes = {"unit": 4, "prime": 5}[planned.settings.manifold]
+    total = sum(t.nbytes * (1 + (1 if t.density is None else planes)) for t in planned.tensors)
+    tensors = PartialTensors(partial, checkpoint, planned, Meter("write", total, progress))
+    save(partial.output / MODEL, tensors, model=checkpoint.config, provenance=made)
+    for file in partial.output.iterdir():
+        if file.name != MODEL:
+            with file.open("rb+") as f:
+                os.fsync(f.fileno())
+    _sync_directory(partial.output)
+
+
+def _check_destination(checkpoint: Checkpoint, destination: Path, may_exist: bool) -> None:
+    source = Path(os.path.abspath(checkpoint.path))
+    if destination == source or source.is_relative_to(destination) or destination.is_relative_to(source):
+        raise CheckpointError(
+            f"compress: the result must not lie in the source or around it; got {source} and {destination}"
+        )
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"compress: the directory {destination.parent} does not exist; make it first")
+    if destination.exists():
+        if _provenance(destination) is None:
+            raise CheckpointError(
+                f"compress: {destination} exists and is not a compressed model; choose another name or "
+                "remove it"
+            )
+        if not may_exist:
+            raise _in_the_way(destination)
+
+
+def _in_the_way(destination: Path) -> CheckpointError:
+    return CheckpointError(
+        f"compress: {destination} is a compressed model already; choose another name, or replace it with "
+        "--force (force=True)"
+    )
+
+
+def _provenance(directory: Path) -> dict[str, Any] | None:
+    """What a compressed model's directory says of its making; None for anything else."""
+    try:
+        with UPGDecompressor.from_safetensors(directory / MODEL) as model:
+            return model.provenance
+    except (FormatError, OSError):
+        return None
+
+
+def _report(path: Path, planned: Plan, resumed: int) -> Report:
+    tensors = []
+    with UPGDecompressor.from_safetensors(path / MODEL) as model:
+        for t in planned.tensors:
+            info = model.info(t.name)
+            density = None if info.true_nnz is None else info.true_nnz / max(info.num_weights, 1)
+            tensors.append(TensorReport(t.name, info.shape, density, info.stored_bytes))
+    others = sorted(p.name for p in path.iterdir() if p.name not in (MODEL, CONFIG))
+    return Report(path, tensors, (path / MODEL).stat().st_size, others, resumed, planned.warnings)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
