@@ -1,4 +1,4 @@
-"""Strict JAX for every test: no silent promotion, warnings are errors (pyproject.toml), several CPU devices."""
+"""Strict JAX for every test: no silent promotion, warnings as errors (pyproject.toml), several CPU devices."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples in every run; `--hypothesis-seed` or a profile of one's own explores others.
-hypothesis.settings.register_profile("upg_jax", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.register_profile(
+    "upg_jax", deadline=None, derandomize=True, database=None, max_examples=60
+)
 hypothesis.settings.load_profile("upg_jax")
 
 
 @pytest.fixture(params=BACKEND_PARAMS)
 def backend(request):
-    """Runs a test once on every usable implementation of `sparse_dense`; the others are skipped with a reason."""
+    """Runs a test on every usable implementation of `sparse_dense`; skips the others with a reason."""
     with use_backend(request.param):
         yield request.param
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 
+@functools.cache
 def primes() -> list[int]:
     found: list[int] = []
     candidate = 2
@@ -13,15 +16,6 @@ def primes() -> list[int]:
             found.append(candidate)
         candidate += 1
     return found
-
-
-_PRIMES: list[int] = []
-
-
-def _prime(k: int) -> int:
-    if not _PRIMES:
-        _PRIMES.extend(primes())
-    return _PRIMES[min(k, 9_999)]
 
 
 def decode(values, deltas, scales, row_pointers, prime_indices, shape) -> np.ndarray:
@@ -33,7 +27,7 @@ def decode(values, deltas, scales, row_pointers, prime_indices, shape) -> np.nda
             column += int(deltas[i])
             level = int(values[i])
             if prime_indices is not None:
-                level *= _prime(int(prime_indices[i]))
+                level *= primes()[min(int(prime_indices[i]), 9_999)]
             if level:
                 out[row, column] += np.float32(level)
     return out * np.asarray(scales, np.float32)[:, None]
