@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -39,11 +40,12 @@ def human_bytes(count: float) -> str:
 
 
 @contextlib.contextmanager
-def bytes_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+def bytes_progress(label: str) -> Iterator[Callable[[str, int, int, str], None]]:
     """A progress bar over bytes with rate and time left, on stderr; silent where that is no terminal.
 
     Yields:
-        A function of bytes done, bytes in all, and what is being worked on.
+        A function of the stage, bytes done, bytes in all, and what is being worked on. A stage of another name
+        begins a new bar.
     """
     bar = Progress(
         TextColumn("{task.description}"),
@@ -56,6 +58,14 @@ def bytes_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
         transient=True,
         disable=not stderr.is_terminal,
     )
+    tasks: dict[str, TaskID] = {}
+
+    def update(stage: str, done: int, total: int, item: str) -> None:
+        if stage not in tasks:
+            for task in tasks.values():
+                bar.update(task, visible=False)
+            tasks[stage] = bar.add_task(f"{label} {stage}", total=total, item="")
+        bar.update(tasks[stage], completed=done, total=total, item=item)
+
     with bar:
-        task = bar.add_task(label, total=None, item="")
-        yield lambda done, total, item: bar.update(task, completed=done, total=total, item=item)
+        yield update

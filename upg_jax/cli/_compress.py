@@ -1,0 +1,125 @@
+"""`upg-jax compress`: a checkpoint becomes a directory with a UPG file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from upg_jax.compress import Plan, Progress, Report
+
+
+def compress(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A Hugging Face directory or a GGUF file.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    density: Annotated[
+        float, typer.Option(help="Fraction of each matrix's weights to keep, 0 to 1; 1 prunes nothing.")
+    ],
+    manifold: Annotated[
+        str, typer.Option(help="unit (int8, 2 bytes an entry) or prime (nearly exact, 4 bytes an entry).")
+    ] = "unit",
+    method: Annotated[str, typer.Option(help="How the weights to keep are chosen.")] = "magnitude",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=DENSITY for the tensors a regular expression is found in; the first wins."),
+    ] = None,
+    keep_dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Regular expression of tensors to leave dense; before every --rule. Embeddings always stay "
+            "dense; norms, biases and lm_head unless a rule matches."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run's work.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a compressed model.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Prunes and quantizes a checkpoint's linear layers, tensor by tensor.
+
+    Interrupted, the same command goes on where it stopped; OUT appears when it is complete.
+    """
+    from upg_jax.cli._output import bytes_progress, print_json, stderr
+    from upg_jax.compress import Rule, Settings, compress_checkpoint, plan
+    from upg_jax.io import open_checkpoint
+
+    rules = [Rule.keep_dense(pattern) for pattern in keep_dense or []] + [Rule.parse(text) for text in rule or []]
+    settings = Settings(density=density, manifold=manifold, method=method, rules=tuple(rules))  # type: ignore[arg-type]
+    checkpoint = open_checkpoint(source)
+    planned = plan(checkpoint, settings)
+    for warning in planned.warnings:
+        stderr.print("[yellow]warning:[/]", warning, highlight=False, soft_wrap=True)
+    if dry_run:
+        if json:
+            print_json(_plan_as_dict(planned))
+        else:
+            _print_sizes(planned, planned.file_bytes, "would be")
+        return
+    with bytes_progress("compress:") as update:
+
+        def progress(p: Progress) -> None:
+            update(p.stage, p.done, p.total, p.name)
+
+        report = compress_checkpoint(
+            checkpoint, destination, settings, progress=progress, restart=restart, force=force
+        )
+    if report.resumed:
+        stderr.print(f"{report.resumed} tensors had been encoded by an earlier run", highlight=False)
+    if json:
+        print_json(_report_as_dict(report))
+    else:
+        _print_sizes(report, report.file_bytes, "is")
+
+
+def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
+    from rich.table import Table
+
+    from upg_jax.cli._output import human_bytes, stdout
+
+    table = Table("tensor", "shape")
+    for header in ("density", "bits per weight", "bytes"):
+        table.add_column(header, justify="right")
+    for t in result.tensors:
+        table.add_row(
+            t.name,
+            " x ".join(map(str, t.shape)),
+            "dense" if t.density is None else f"{t.density:.3f}",
+            f"{t.bits_per_weight:.2f}",
+            f"{t.nbytes:,}",
+        )
+    stdout.print(table)
+    stdout.print(
+        f"model.safetensors {verb} {human_bytes(file_bytes)}; {len(result.compressed)} matrices compressed to "
+        f"{result.bits_per_weight:.2f} bits per weight, all overheads included",
+        highlight=False,
+    )
+
+
+def _tensors_as_dicts(result: Plan | Report) -> list[dict[str, Any]]:
+    return [
+        {"name": t.name, "shape": t.shape, "density": t.density, "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight}
+        for t in result.tensors
+    ]
+
+
+def _plan_as_dict(planned: Plan) -> dict[str, Any]:
+    return {
+        "file_bytes": planned.file_bytes,
+        "max_file_bytes": planned.max_file_bytes,
+        "bits_per_weight": planned.bits_per_weight,
+        "warnings": planned.warnings,
+        "tensors": _tensors_as_dicts(planned),
+    }
+
+
+def _report_as_dict(report: Report) -> dict[str, Any]:
+    return {
+        "path": str(report.path),
+        "file_bytes": report.file_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "resumed": report.resumed,
+        "warnings": report.warnings,
+        "tensors": _tensors_as_dicts(report),
+    }
