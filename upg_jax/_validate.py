@@ -109,7 +109,7 @@ def _check_row_pointers(layer: MdCSR, pointers: np.ndarray, where: str) -> None:
         )
 
 
-def _row_chunks(pointers: np.ndarray) -> list[tuple[int, int]]:
+def row_chunks(pointers: np.ndarray) -> list[tuple[int, int]]:
     """Splits rows into ranges of about `_CHUNK_ENTRIES` entries."""
     cuts = np.searchsorted(pointers, np.arange(0, int(pointers[-1]) + 1, _CHUNK_ENTRIES, dtype=np.int64))
     edges = np.unique(np.concatenate([[0], np.minimum(cuts, pointers.size - 1), [pointers.size - 1]]))
@@ -118,7 +118,7 @@ def _row_chunks(pointers: np.ndarray) -> list[tuple[int, int]]:
 
 def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where: str) -> None:
     """Deltas are non-negative, so a row stays inside the matrix when its last column does."""
-    for first, last in _row_chunks(pointers):
+    for first, last in row_chunks(pointers):
         begin, end = int(pointers[first]), int(pointers[last])
         if begin == end:
             continue
@@ -154,7 +154,7 @@ def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> N
         tail = planes.get(name, np.zeros(0))[int(pointers[-1]) if name in planes else 0 :]
         if tail.any():
             _fail(where, f"{name} must be zero past the last row's entries, from {pointers[-1]} on")
-    for first, last in _row_chunks(pointers):
+    for first, last in row_chunks(pointers):
         begin, end = int(pointers[first]), int(pointers[last])
         lengths = np.diff(pointers[first : last + 1].astype(np.int64))
         rows = np.repeat(np.arange(first, last), lengths)

@@ -203,8 +203,8 @@ def _tensor(name: str, entry: Any, data_start: int, path: str | os.PathLike[str]
     start, stop = offsets
     if 8 * (stop - start) != math.prod(shape) * DTYPES[dtype][0]:
         raise FormatError(
-            f"{where}: data_offsets must span the tensor's bytes exactly; {dtype} of shape {show(shape)} does not "
-            f"fill [{start}, {stop})"
+            f"{where}: data_offsets must span the tensor's bytes exactly; {dtype} of shape {show(shape)} "
+            f"does not fill [{start}, {stop})"
         )
     return StoredTensor(dtype, tuple(shape), data_start + start, data_start + stop)
 
@@ -217,16 +217,16 @@ def _check_coverage(
     if end > size:
         name = max(tensors, key=lambda name: tensors[name].stop)
         raise FormatError(
-            f"{path}: tensor {show(name)}: data must lie inside the file; it ends at byte {end:,}, the file at "
-            f"{size:,}: truncated?"
+            f"{path}: tensor {show(name)}: data must lie inside the file; it ends at byte {end:,}, the file "
+            f"at {size:,}: truncated?"
         )
     first = ("", StoredTensor("U8", (0,), data_start, data_start))
     for (before, left), (name, right) in itertools.pairwise([first, *in_order]):
         if right.start != left.stop:
             what = "a hole" if right.start > left.stop else f"an overlap with {show(before)}"
             raise FormatError(
-                f"{path}: tensor {show(name)}: data must follow the previous tensor's; there is {what} between bytes "
-                f"{min(left.stop, right.start):,} and {max(left.stop, right.start):,}"
+                f"{path}: tensor {show(name)}: data must follow the previous tensor's; there is {what} "
+                f"between bytes {min(left.stop, right.start):,} and {max(left.stop, right.start):,}"
             )
     if end < size:
         raise FormatError(f"{path}: the file must end with its last tensor; {size - end:,} bytes follow")

@@ -1,10 +1,11 @@
 """Where each plane of a file goes, so that a memory map of it needs no copying.
 
-Every tensor starts at a multiple of 64 bytes, and one of 16 KiB or more at a multiple of 16 KiB. Zero tails of
-planes, while they cost at most 5%, and `__padding__.N` tensors fill what safetensors does not allow to be holes.
-The same planes of matrices whose names differ only in integer components (`model.layers.{i}.mlp.up_proj.weight`,
-experts) lie side by side at equal lengths where that costs at most 5%, so that a run of them is one contiguous
-stack; inside a stack of smaller planes, where whole multiples of 16 KiB would cost more, 64 bytes are enough.
+Every tensor starts at a multiple of 64 bytes, and one of 16 KiB or more at a multiple of 16 KiB. Zero tails
+of planes, while they cost at most 5%, and `__padding__.N` tensors fill what safetensors does not allow to be
+holes. The same planes of matrices whose names differ only in integer components
+(`model.layers.{i}.mlp.up_proj.weight`, experts) lie side by side at equal lengths where that costs at most
+5%, so that a run of them is one contiguous stack; inside a stack of smaller planes, where whole multiples of
+16 KiB would cost more, 64 bytes are enough.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def _describe_leaf(key: str, leaf: Any) -> Iterator[Item]:
     check_scales(np.asarray(leaf.scales), where)
     if leaf.stack_size is not None and key.count("{}") != 1:
         raise FormatError(
-            f"{where}: files hold single layers and this is a stack of {leaf.stack_size}; give a name with '{{}}' "
-            "where each layer's number belongs, e.g. 'model.layers.{}.mlp.up_proj.weight'"
+            f"{where}: files hold single layers and this is a stack of {leaf.stack_size}; give a name with "
+            "'{}' where each layer's number belongs, e.g. 'model.layers.{}.mlp.up_proj.weight'"
         )
     pointers, values = np.asarray(leaf.row_pointers), np.asarray(leaf.values)
     for index in [None] if leaf.stack_size is None else range(leaf.stack_size):
@@ -145,7 +146,8 @@ def _check_names(items: Iterable[Item]) -> None:
                 )
             if name in stored:
                 raise FormatError(
-                    f"save: tensors {stored[name]!r} and {item.name!r}: both need the name {name!r}; rename one"
+                    f"save: tensors {stored[name]!r} and {item.name!r}: both need the name {name!r}; rename "
+                    "one"
                 )
             stored[name] = item.name
 
@@ -177,8 +179,8 @@ def _with_lengths(group: list[Item]) -> list[Item]:
     for item, length in zip(group, own, strict=True):
         if length > MAX_ENTRIES:
             raise FormatError(
-                f"save: tensor {item.name!r}: its {item.owned:,} entries, padded to {length:,}, exceed the format's "
-                f"{MAX_ENTRIES:,}; split the matrix"
+                f"save: tensor {item.name!r}: its {item.owned:,} entries, padded to {length:,}, exceed the "
+                f"format's {MAX_ENTRIES:,}; split the matrix"
             )
     return [dataclasses.replace(item, length=length) for item, length in zip(group, own, strict=True)]
 

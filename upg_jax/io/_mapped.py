@@ -45,8 +45,14 @@ class MappedFile:
             same = tensor.dtype == first.dtype and tensor.shape == first.shape
             if not same or tensor.start != first.start + i * first.nbytes:
                 return None
-        dtype = DTYPES[first.dtype][1]
-        return self._bytes[first.start : tensors[-1].stop].view(dtype).reshape(len(names), *first.shape)
+        return self._view(names[0], first.start, tensors[-1].stop, (len(names), *first.shape))
+
+    def _view(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
+        code = self.header.tensors[name].dtype
+        dtype = DTYPES[code][1]
+        if dtype is None:
+            raise FormatError(f"{self.path}: tensor {show(name)}: NumPy has no dtype like {code}")
+        return self._bytes[start:stop].view(dtype).reshape(shape)
 
 
 def open_files(path: str | os.PathLike[str]) -> list[MappedFile]:

@@ -16,7 +16,7 @@ MAX_RANK = 32
 ELEMENT_TYPES = ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A rule that the pickle breaks; the machine adds file and offset."""
 
 
@@ -36,7 +36,7 @@ class PickledArray:
     def set_state(self, state: Any, budget: Budget) -> None:
         """Takes the place of `numpy.ndarray.__setstate__`."""
         if self.array is not None or not isinstance(state, tuple) or len(state) != 5:
-            raise Refused("an array has a state of unknown form")
+            raise RefusedError("an array has a state of unknown form")
         _, shape, dtype, is_fortran, data = state
         self.array = _array(data, dtype, shape, "F" if is_fortran else "C", budget)
 
@@ -50,7 +50,7 @@ class PickledCSR:
     def set_state(self, state: Any, budget: Budget) -> None:
         """Takes the place of filling `__dict__`."""
         if not isinstance(state, dict):
-            raise Refused("a sparse matrix has a state of unknown form")
+            raise RefusedError("a sparse matrix has a state of unknown form")
         self.state = state
 
 
@@ -69,17 +69,18 @@ class PickledDType:
     def set_state(self, state: Any, budget: Budget) -> None:
         """Takes the place of `numpy.dtype.__setstate__`, which is given the byte order."""
         if not isinstance(state, tuple) or len(state) < 8 or state[1] not in ("<", ">", "|", "="):
-            raise Refused("a dtype has a state of unknown form")
+            raise RefusedError("a dtype has a state of unknown form")
         if any(field is not None for field in state[2:5]):
-            raise Refused("arrays of records are not allowed")
+            raise RefusedError("arrays of records are not allowed")
         self.order = ">" if state[1] == ">" else "<"
 
 
 @dataclasses.dataclass(slots=True)
 class Budget:
-    """Bytes that text and arrays may still be turned into: twice the file, which holds each array's bytes once.
+    """Bytes that text and arrays may still be turned into.
 
-    Without it, a small file could make the same large array a million times.
+    Twice the file is enough, which holds each array's bytes once, maybe as text. Without a bound, a small
+    file could make the same large array a million times.
     """
 
     left: int
@@ -88,7 +89,7 @@ class Budget:
         """Counts bytes about to be made."""
         self.left -= nbytes
         if self.left < 0:
-            raise Refused("the arrays must not have more bytes than the file")
+            raise RefusedError("the arrays must not have more bytes than the file")
 
 
 def describe(value: Any) -> str:
@@ -109,18 +110,24 @@ def hashable(value: Any) -> bool:
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any, budget: Budget) -> np.ndarray:
     if not isinstance(dtype, PickledDType):
-        raise Refused(f"an array's dtype must be a numpy.dtype; got {describe(dtype)}")
-    if not isinstance(shape, tuple) or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
-        raise Refused(f"an array's shape must be at most {MAX_RANK} non-negative integers; got {describe(shape)}")
+        raise RefusedError(f"an array's dtype must be a numpy.dtype; got {describe(dtype)}")
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > MAX_RANK
+        or not all(type(n) is int and n >= 0 for n in shape)
+    ):
+        raise RefusedError(
+            f"an array's shape must be at most {MAX_RANK} non-negative integers; got {describe(shape)}"
+        )
     if isinstance(data, str):  # Python 2's bytes
         data = _latin1(budget, data)
     if not isinstance(data, (bytes, bytearray)):
-        raise Refused(f"an array's data must be bytes; got {describe(data)}")
+        raise RefusedError(f"an array's data must be bytes; got {describe(data)}")
     itemsize = dtype.numpy.itemsize
     if math.prod(max(n, 1) for n in shape) >= 2**63 or math.prod(shape) * itemsize != len(data):
-        raise Refused(f"an array of {dtype.numpy} {shape} cannot have {len(data):,} bytes")
+        raise RefusedError(f"an array of {dtype.numpy} {shape} cannot have {len(data):,} bytes")
     if order not in ("C", "F"):
-        raise Refused(f"an array's order must be 'C' or 'F'; got {describe(order)}")
+        raise RefusedError(f"an array's order must be 'C' or 'F'; got {describe(order)}")
     budget.take(len(data))
     array = np.frombuffer(data, dtype.numpy).reshape(shape, order=order)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -128,7 +135,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any, budget: Budget) -> np.
 
 def _new_array(_: Budget, kind: Any, shape: Any, __: Any) -> PickledArray:
     if not isinstance(kind, Global) or kind.name != "numpy.ndarray" or shape != (0,):
-        raise Refused("an array must be a numpy.ndarray that is filled later")
+        raise RefusedError("an array must be a numpy.ndarray that is filled later")
     return PickledArray()
 
 
@@ -142,13 +149,15 @@ def _scalar(budget: Budget, dtype: Any, data: Any) -> Any:
 
 def _new_dtype(_: Budget, code: Any, align: Any = False, copy: Any = False) -> PickledDType:
     if not isinstance(code, str) or code.lstrip("<>=|") not in ELEMENT_TYPES:
-        raise Refused(f"arrays must be of numbers ({', '.join(ELEMENT_TYPES)}); got dtype {describe(code)}")
+        raise RefusedError(
+            f"arrays must be of numbers ({', '.join(ELEMENT_TYPES)}); got dtype {describe(code)}"
+        )
     return PickledDType(code.lstrip("<>=|"), ">" if code[0] == ">" else "<")
 
 
 def _latin1(budget: Budget, text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise Refused("_codecs.encode is allowed for Latin-1 text only")
+        raise RefusedError("_codecs.encode is allowed for Latin-1 text only")
     budget.take(len(text))
     return text.encode("latin-1")
 
@@ -159,14 +168,14 @@ def _new_dict(_: Budget) -> dict[Any, Any]:
 
 def _new_set(_: Budget, values: Any) -> list[Any]:
     if not isinstance(values, list):
-        raise Refused(f"a set must be made from a list; got {describe(values)}")
+        raise RefusedError(f"a set must be made from a list; got {describe(values)}")
     return values
 
 
 def new_csr(kind: Any) -> PickledCSR:
     """Makes an empty sparse matrix, if that is what `kind` names."""
     if not isinstance(kind, Global) or kind.name not in _SCIPY_CSR:
-        raise Refused(f"the pickle makes an object of {describe(kind)}, which is not allowed")
+        raise RefusedError(f"the pickle makes an object of {describe(kind)}, which is not allowed")
     return PickledCSR()
 
 
@@ -202,12 +211,12 @@ def construct(target: Any, arguments: Any, budget: Budget) -> Any:
     """Does what a pickle's call stands for.
 
     Raises:
-        Refused: if it is not one of the reconstructions, or has arguments they never have.
+        RefusedError: if it is not one of the reconstructions, or has arguments they never have.
     """
     constructor = ALLOWED[target.name] if isinstance(target, Global) else None
     if constructor is None or not isinstance(arguments, tuple):
-        raise Refused(f"the pickle calls {describe(target)}, which is not allowed")
+        raise RefusedError(f"the pickle calls {describe(target)}, which is not allowed")
     try:
         return constructor(budget, *arguments)
     except TypeError:
-        raise Refused(f"the pickle calls {target.name} with {len(arguments)} arguments") from None
+        raise RefusedError(f"the pickle calls {target.name} with {len(arguments)} arguments") from None

@@ -61,13 +61,14 @@ class TensorInfo:
 class UPGDecompressor:
     """An open version 2 UPG model: names and sizes at once, layers on demand, planes never copied on CPU.
 
-    Opening reads headers only. A layer's planes are views of the memory map (`jax.device_put` shares aligned host
-    memory on CPU; on other devices it copies), and a layer's row pointers, columns and scales are checked once,
-    before it is handed out first.
+    Opening reads headers only. A layer's planes are views of the memory map (`jax.device_put` shares aligned
+    host memory on CPU; on other devices it copies), and a layer's row pointers, columns and scales are
+    checked once, before it is handed out first.
 
-    Every array keeps the map it lies in alive, so `close`, which is also what leaving a `with` block does, only
-    ends reading: layers stay valid, and the map goes when the last of them does. Replacing the file (as `save`
-    does) leaves open maps on the old content; truncating it in place, as no careful writer does, ends the process.
+    Every array keeps the map it lies in alive, so `close`, which is also what leaving a `with` block does,
+    only ends reading: layers stay valid, and the map goes when the last of them does. Replacing the file (as
+    `save` does) leaves open maps on the old content; truncating it in place, as no careful writer does, ends
+    the process.
     """
 
     def __init__(self, files: Sequence[MappedFile]) -> None:
@@ -80,8 +81,8 @@ class UPGDecompressor:
             for key in ("model", "provenance", "other"):
                 if getattr(of_file, key) != getattr(first, key):
                     raise FormatError(
-                        f"{file.path}: all shards of a model must carry the same metadata; its {key} differs from "
-                        f"that of {self._files[0].path.name}"
+                        f"{file.path}: all shards of a model must carry the same metadata; its {key} "
+                        f"differs from that of {self._files[0].path.name}"
                     )
             self._add(file, of_file)
         self.metadata: dict[str, str] = first.other
@@ -161,7 +162,8 @@ class UPGDecompressor:
             device: False leaves the planes as read-only NumPy views of the map.
 
         Raises:
-            FormatError: if there is no such matrix, or a row could take a kernel out of bounds or has a bad scale.
+            FormatError: if there is no such matrix, or a row could take a kernel out of bounds or has a bad
+                scale.
         """
         layer = self._host_layer(name)
         return jax.tree.map(jax.device_put, layer) if device else layer
@@ -169,8 +171,8 @@ class UPGDecompressor:
     def get_stack(self, names: Sequence[str], *, device: bool = True) -> MdCSR:
         """Returns matrices of equal metadata as one stacked `MdCSR`, in the order of `names`.
 
-        Matrices that the writer laid side by side, as it does for consecutive layers, become one contiguous view
-        of the file; others are copied by `upg_jax.stack`.
+        Matrices that the writer laid side by side, as it does for consecutive layers, become one contiguous
+        view of the file; others are copied by `upg_jax.stack`.
 
         Raises:
             FormatError: as `get_layer`.
@@ -198,8 +200,8 @@ class UPGDecompressor:
             return array
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             raise FormatError(
-                f"{file.path}: tensor {show(name)}: JAX would narrow {array.dtype}; set jax_enable_x64, or take the "
-                "NumPy view with device=False"
+                f"{file.path}: tensor {show(name)}: JAX would narrow {array.dtype}; set jax_enable_x64, or "
+                "take the NumPy view with device=False"
             )
         return jax.device_put(array)
 

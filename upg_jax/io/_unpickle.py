@@ -1,8 +1,9 @@
 """Reads data out of a pickle without ever running one.
 
-`pickle.load` calls what the file names. Here a small stack machine interprets the opcodes, and the only things it
-can build are plain values, containers, NumPy arrays and scipy CSR matrices: a name that is not on the list of
-`_pickle_values.ALLOWED` is refused when it is met, and a call makes data from checked arguments or is refused.
+`pickle.load` calls what the file names. Here a small stack machine interprets the opcodes, and the only
+things it can build are plain values, containers, NumPy arrays and scipy CSR matrices: a name that is not on
+the list of `_pickle_values.ALLOWED` is refused when it is met, and a call makes data from checked arguments
+or is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import mmap
 import os
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from upg_jax._errors import FormatError
 from upg_jax.io._open import looks_like, open_regular
@@ -22,7 +23,7 @@ from upg_jax.io._pickle_values import (
     PickledArray,
     PickledCSR,
     PickledDType,
-    Refused,
+    RefusedError,
     construct,
     describe,
     hashable,
@@ -55,20 +56,22 @@ def _run(source: mmap.mmap, path: str | os.PathLike[str]) -> Any:
     machine = _Machine(Budget(2 * len(source)))
     offset: int | None = 0
     try:
-        for count, (opcode, argument, at) in enumerate(pickletools.genops(source)):
+        for count, (opcode, argument, at) in enumerate(pickletools.genops(cast(BinaryIO, source))):
             offset = at
             if count == MAX_OPCODES:
-                raise Refused(f"a model file has fewer than {MAX_OPCODES:,} opcodes")
+                raise RefusedError(f"a model file has fewer than {MAX_OPCODES:,} opcodes")
             if opcode.name == "STOP":
                 if source.tell() != len(source):
-                    raise Refused("the file must end with the pickle")
+                    raise RefusedError("the file must end with the pickle")
                 return machine.pop()
             machine.step(opcode.name, argument)
-    except Refused as error:
+    except RefusedError as error:
         raise FormatError(f"{path}: offset {offset}: {error}; nothing in the file was run") from None
     except (ValueError, OverflowError) as error:
         # From genops: an unknown opcode, or an argument that is cut short or malformed.
-        raise FormatError(f"{path}: after offset {offset}: not a readable pickle; {str(error)[:200]}") from None
+        raise FormatError(
+            f"{path}: after offset {offset}: not a readable pickle; {str(error)[:200]}"
+        ) from None
     raise FormatError(f"{path}: the pickle ends without its last opcode: truncated?")
 
 
@@ -92,7 +95,7 @@ class _Machine:
             if made is not _NOTHING:
                 self.stack.append(made)
         elif name not in ("PROTO", "FRAME"):
-            raise Refused(f"the pickle uses the opcode {name}, which no model file needs")
+            raise RefusedError(f"the pickle uses the opcode {name}, which no model file needs")
 
     def pop(self) -> Any:
         value = self.top()
@@ -101,7 +104,7 @@ class _Machine:
 
     def top(self) -> Any:
         if not self.stack or isinstance(self.stack[-1], _Mark):
-            raise Refused("the pickle takes more values than it has")
+            raise RefusedError("the pickle takes more values than it has")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
@@ -110,19 +113,19 @@ class _Machine:
                 values = self.stack[i + 1 :]
                 del self.stack[i:]
                 return values
-        raise Refused("the pickle goes back to a mark that it has not set")
+        raise RefusedError("the pickle goes back to a mark that it has not set")
 
     def extend(self, values: list[Any]) -> object:
         target = self.top()
         if not isinstance(target, list):
-            raise Refused(f"the pickle appends to {describe(target)}")
+            raise RefusedError(f"the pickle appends to {describe(target)}")
         target.extend(values)
         return _NOTHING
 
     def update(self, flat: list[Any]) -> object:
         target = self.top()
         if not isinstance(target, dict):
-            raise Refused(f"the pickle sets items of {describe(target)}")
+            raise RefusedError(f"the pickle sets items of {describe(target)}")
         target.update(_pairs(flat))
         return _NOTHING
 
@@ -132,13 +135,13 @@ class _Machine:
 
     def get(self, at: int) -> Any:
         if at not in self.memo:
-            raise Refused(f"the pickle recalls memo {at}, which it has not stored")
+            raise RefusedError(f"the pickle recalls memo {at}, which it has not stored")
         return self.memo[at]
 
     def stack_global(self) -> Global:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise Refused("the pickle names a global by something that is not text")
+            raise RefusedError("the pickle names a global by something that is not text")
         return _allowed(f"{module}.{name}")
 
     def reduce(self) -> Any:
@@ -148,13 +151,15 @@ class _Machine:
     def new_object(self) -> PickledCSR:
         arguments, kind = self.pop(), self.pop()
         if arguments != ():
-            raise Refused(f"the pickle makes an object of {describe(kind)} with arguments, which is not allowed")
+            raise RefusedError(
+                f"the pickle makes an object of {describe(kind)} with arguments, which is not allowed"
+            )
         return new_csr(kind)
 
     def build(self) -> object:
         state, target = self.pop(), self.top()
         if not isinstance(target, (PickledArray, PickledCSR, PickledDType)):
-            raise Refused(f"the pickle sets the state of {describe(target)}, which is not allowed")
+            raise RefusedError(f"the pickle sets the state of {describe(target)}, which is not allowed")
         target.set_state(state, self.budget)
         return _NOTHING
 
@@ -164,16 +169,16 @@ class _Machine:
 
 def _pairs(flat: list[Any]) -> list[tuple[Any, Any]]:
     if len(flat) % 2:
-        raise Refused("the pickle gives a dict a key without a value")
+        raise RefusedError("the pickle gives a dict a key without a value")
     for key in flat[::2]:
         if not hashable(key):
-            raise Refused(f"dict keys must be plain values; got {describe(key)}")
+            raise RefusedError(f"dict keys must be plain values; got {describe(key)}")
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _allowed(name: str) -> Global:
     if name not in ALLOWED:
-        raise Refused(f"the pickle refers to {name[:200]!r}, which is not allowed")
+        raise RefusedError(f"the pickle refers to {name[:200]!r}, which is not allowed")
     return Global(name)
 
 

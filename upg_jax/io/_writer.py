@@ -34,34 +34,36 @@ def save(
 ) -> None:
     """Writes compressed and dense tensors to a version 2 UPG file, atomically.
 
-    The bytes are on disk before the file takes its name; a failure leaves whatever `path` was before. Replacing a
-    file that is memory-mapped keeps the old map valid. `docs/format.md` describes the layout; any safetensors
-    reader can read it.
+    The bytes are on disk before the file takes its name; a failure leaves whatever `path` was before.
+    Replacing a file that is memory-mapped keeps the old map valid. `docs/format.md` describes the layout; any
+    safetensors reader can read it.
 
-    `tensors` is asked for each value more than once, and no value is kept between two questions: a mapping that
-    reads its values when asked saves a model of any size in the memory of one tensor.
+    `tensors` is asked for each value more than once, and no value is kept between two questions: a mapping
+    that reads its values when asked saves a model of any size in the memory of one tensor.
 
     Args:
         path: the file to write, by custom `model.safetensors`.
-        tensors: name -> `MdCSR` or array (NumPy, memory-mapped or not, or JAX) of any dtype safetensors knows.
-            Names are those of the original checkpoint. A stacked `MdCSR` needs one `{}` in its name, which becomes
-            each layer's number: files hold single layers, and lay consecutive ones out as a stack.
+        tensors: name -> `MdCSR` or array (NumPy, memory-mapped or not, or JAX) of any dtype safetensors
+            knows. Names are those of the original checkpoint. A stacked `MdCSR` needs one `{}` in its name,
+            which becomes each layer's number: files hold single layers, and lay consecutive ones out as a
+            stack.
         metadata: further strings for the file's metadata.
         model: the architecture's config, stored as JSON.
         provenance: what made the model, from what, with which settings, stored as JSON.
         max_shard_bytes: if the tensors are larger than this, write `STEM-00001-of-0000N.safetensors` and
-            `STEM.safetensors.index.json` beside `path` instead; a single larger tensor gets a shard of its own.
+            `STEM.safetensors.index.json` beside `path` instead; a single larger tensor gets a shard of its
+            own.
 
     Raises:
-        FormatError: for a layer that breaks the format, an array of another dtype, names that collide, metadata
-            that is not text, or a destination that already holds a sharded model.
+        FormatError: for a layer that breaks the format, an array of another dtype, names that collide,
+            metadata that is not text, or a destination that already holds a sharded model.
         OSError: for what the disk reports.
     """
     path = Path(path)
     strings = _check_metadata(metadata)
     items = describe(tensors)
     shards = _split(items, max_shard_bytes)
-    _check_destination(path, sharded=len(shards) > 1)
+    check_destination(path, sharded=len(shards) > 1)
     headers = [
         to_strings(
             {item.name: item.facts for item in shard if item.facts is not None}, strings, model, provenance
@@ -85,15 +87,15 @@ def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return strings
 
 
-def _check_destination(path: Path, *, sharded: bool) -> None:
+def check_destination(path: Path, *, sharded: bool) -> None:
     """Refuses to leave two models side by side of which a reader would have to guess one."""
     index = path.with_name(path.stem + INDEX_SUFFIX)
     in_the_way = [index, path] if sharded else [index]
     for existing in in_the_way:
         if existing.exists():
             raise FormatError(
-                f"save: {path} and a sharded model cannot stand side by side, and sharded models are not replaced "
-                f"in place; {existing} exists; remove the old model or choose another name"
+                f"save: {path} and a sharded model cannot stand side by side, and sharded models are not "
+                f"replaced in place; {existing} exists; remove the old model or choose another name"
             )
 
 
@@ -166,7 +168,9 @@ def write_file(
 
 def file_bytes(placed: Sequence[Placed], strings: dict[str, str]) -> int:
     """The size of the file that `write_file` writes."""
-    return len(_header(placed, strings)) + max((tensor.offset + tensor.nbytes for tensor in placed), default=0)
+    return len(_header(placed, strings)) + max(
+        (tensor.offset + tensor.nbytes for tensor in placed), default=0
+    )
 
 
 def _header(placed: Iterable[Placed], strings: dict[str, str]) -> bytes:
@@ -179,7 +183,8 @@ def _header(placed: Iterable[Placed], strings: dict[str, str]) -> bytes:
     length = len(text) + -(8 + len(text)) % data_alignment(placed)
     if length > MAX_HEADER_BYTES:
         raise FormatError(
-            f"save: the header must be at most {MAX_HEADER_BYTES:,} bytes; it needs {length:,}; set max_shard_bytes"
+            f"save: the header must be at most {MAX_HEADER_BYTES:,} bytes; it needs {length:,}; set "
+            "max_shard_bytes"
         )
     return length.to_bytes(8, "little") + text.ljust(length)
 
@@ -210,8 +215,8 @@ def _fetch(tensor: Placed, leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
     if array.shape != shape or array.dtype != DTYPES[tensor.dtype][1]:
         raise FormatError(
-            f"save: tensor {item.name!r}: must not change while it is saved; it was {tensor.dtype} {shape} and is "
-            f"{array.dtype} {array.shape}"
+            f"save: tensor {item.name!r}: must not change while it is saved; it was {tensor.dtype} {shape} "
+            f"and is {array.dtype} {array.shape}"
         )
     return array
 
