@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ class Partial:
         return made | {"sources": state["sources"]}
 
     def exists(self) -> bool:
-        """Whether a run was begun and its traces are still there."""
-        return self._read() is not None
+        """Whether a run was begun and its traces, if only the empty directory, are still there."""
+        self._read()
+        return self.path.exists()
 
     def has_part(self, index: int, name: str) -> bool:
         """Whether a tensor is encoded already."""
@@ -143,12 +145,14 @@ class PartialTensors(Mapping[str, MdCSR | np.ndarray]):
     def __init__(self, partial: Partial, checkpoint: Checkpoint, plan: Plan, meter: Meter) -> None:
         self._partial = partial
         self._checkpoint = checkpoint
+        self._manifold = plan.settings.manifold
         self._tensors = {t.name: t for t in plan.tensors}
         self._index = {t.name: i for i, t in enumerate(plan.compressed)}
         self._meter = meter
+        self._accesses: Counter[str] = Counter()
 
     def __getitem__(self, name: str) -> MdCSR | np.ndarray:
-        self._meter.add(self._tensors[name].nbytes, name)
+        self._count(name)
         if name in self._index:
             return self._partial.read_part(self._index[name], name)
         return self._checkpoint.read(name)
@@ -158,6 +162,14 @@ class PartialTensors(Mapping[str, MdCSR | np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def _count(self, name: str) -> None:
+        """`save` asks for a tensor once to describe it and once for every plane it writes."""
+        tensor = self._tensors[name]
+        planes = 1 if tensor.density is None else {"unit": 4, "prime": 5}[self._manifold]
+        before, self._accesses[name] = self._accesses[name], self._accesses[name] + 1
+        share = [tensor.nbytes * n // (1 + planes) for n in (before, before + 1)]
+        self._meter.add(share[1] - share[0], name)
 
 
 def _sha256(path: Path, meter: Meter) -> str:

@@ -120,8 +120,7 @@ def compress_checkpoint(
     made = partial.open(checkpoint, planned, restart, progress)
     if _provenance(destination) == made and not partial.output.exists() and not force:
         # The run before was stopped between naming its result and removing what it was made of.
-        partial.remove()
-        return _report(destination, planned, resumed=len(planned.compressed))
+        return _finish(destination, planned, partial, resumed=len(planned.compressed))
     if destination.exists() and not force:
         raise _in_the_way(destination)
     shutil.rmtree(partial.output, ignore_errors=True)
@@ -134,8 +133,7 @@ def compress_checkpoint(
         destination.rename(partial.replaced)
     partial.output.rename(destination)
     _sync_directory(destination.parent)
-    partial.remove()
-    return _report(destination, planned, resumed)
+    return _finish(destination, planned, partial, resumed)
 
 
 def _encode_all(
@@ -171,10 +169,8 @@ def _write_output(
 ) -> None:
     config = json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"
     (partial.output / CONFIG).write_text(config, encoding="utf-8")
-    # `save` asks for a tensor once to describe it and once for every plane it writes.
-    planes = {"unit": 4, "prime": 5}[planned.settings.manifold]
-    total = sum(t.nbytes * (1 + (1 if t.density is None else planes)) for t in planned.tensors)
-    tensors = PartialTensors(partial, checkpoint, planned, Meter("write", total, progress))
+    meter = Meter("write", sum(t.nbytes for t in planned.tensors), progress)
+    tensors = PartialTensors(partial, checkpoint, planned, meter)
     save(partial.output / MODEL, tensors, model=checkpoint.config, provenance=made)
     for file in partial.output.iterdir():
         if file.name != MODEL:
@@ -217,7 +213,8 @@ def _provenance(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _report(path: Path, planned: Plan, resumed: int) -> Report:
+def _finish(path: Path, planned: Plan, partial: Partial, resumed: int) -> Report:
+    """Measures the result, and last of all removes what it was made of."""
     tensors = []
     with UPGDecompressor.from_safetensors(path / MODEL) as model:
         for t in planned.tensors:
@@ -225,7 +222,9 @@ def _report(path: Path, planned: Plan, resumed: int) -> Report:
             density = None if info.true_nnz is None else info.true_nnz / max(info.num_weights, 1)
             tensors.append(TensorReport(t.name, info.shape, density, info.stored_bytes))
     others = sorted(p.name for p in path.iterdir() if p.name not in (MODEL, CONFIG))
-    return Report(path, tensors, (path / MODEL).stat().st_size, others, resumed, planned.warnings)
+    report = Report(path, tensors, (path / MODEL).stat().st_size, others, resumed, planned.warnings)
+    partial.remove()
+    return report
 
 
 def _sync_directory(path: Path) -> None:
