@@ -48,9 +48,8 @@ def unify_varying(*arrays: Any) -> list[Any]:
 def _to_varying(x: Any, axes: Sequence[str]) -> Any:
     if not axes:
         return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)
+    lax: Any = jax.lax
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
 def explicit_sharding(x: Any) -> Any | None:

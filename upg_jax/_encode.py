@@ -42,7 +42,9 @@ def encode_dense(
     """`MdCSR.from_dense` with NumPy planes, for callers that write files."""
     w = np.asarray(w)
     if w.ndim != 2:
-        raise EncodingError(f"from_dense: w must be a matrix (out_features, in_features); got shape {w.shape}")
+        raise EncodingError(
+            f"from_dense: w must be a matrix (out_features, in_features); got shape {w.shape}"
+        )
     if w.dtype not in _ORIGINAL_DTYPES:
         raise EncodingError(
             f"from_dense: w must be float32, bfloat16, float16 or float64; got {w.dtype}; convert it first"
@@ -112,7 +114,9 @@ def encode_entries(
     long_gaps = np.flatnonzero(fillers)
 
     row_lengths = np.bincount(rows, minlength=num_rows)
-    row_lengths += np.bincount(rows[long_gaps], weights=fillers[long_gaps], minlength=num_rows).astype(np.int64)
+    row_lengths += np.bincount(rows[long_gaps], weights=fillers[long_gaps], minlength=num_rows).astype(
+        np.int64
+    )
     padded = -(-row_lengths // row_alignment) * row_alignment
     padding_before = np.cumsum(padded - row_lengths) - (padded - row_lengths)
 
@@ -151,7 +155,9 @@ def assemble(
     lengths = np.concatenate([c.row_lengths for c in chunks]) if chunks else np.zeros(0, np.int64)
     nnz = int(lengths.sum())
     if nnz > MAX_ENTRIES:
-        raise EncodingError(f"from_dense: a layer holds at most {MAX_ENTRIES:,} entries; got {nnz:,}; split it")
+        raise EncodingError(
+            f"from_dense: a layer holds at most {MAX_ENTRIES:,} entries; got {nnz:,}; split it"
+        )
     length = nnz if capacity is None else capacity
     if length < nnz or length % row_alignment or length > MAX_ENTRIES:
         raise EncodingError(
@@ -328,7 +334,9 @@ class _Levels(NamedTuple):
     product: np.ndarray
     q: np.ndarray
     k: np.ndarray
-    at_or_below: np.ndarray  # for every integer up to the largest product, the index of the level at or below it
+    at_or_below: (
+        np.ndarray
+    )  # for every integer up to the largest product, the index of the level at or below it
 
 
 @functools.cache

@@ -14,7 +14,9 @@ from upg_jax._primes import NUM_PRIMES
 _CHUNK_ENTRIES = 1 << 22
 
 
-def validate(layer: MdCSR, level: Literal["structural", "full"] = "structural", *, where: str = "MdCSR") -> None:
+def validate(
+    layer: MdCSR, level: Literal["structural", "full"] = "structural", *, where: str = "MdCSR"
+) -> None:
     """Checks a layer or every layer of a stack; needs concrete arrays.
 
     Args:
@@ -88,7 +90,9 @@ def _check_planes(layer: MdCSR, where: str) -> None:
     if layer.capacity > MAX_ENTRIES:
         _fail(where, f"a layer holds fewer than 2**31 entries; got planes of {layer.capacity:,}")
     if layer.capacity % layer.row_alignment:
-        _fail(where, f"plane length {layer.capacity} must be a multiple of row_alignment {layer.row_alignment}")
+        _fail(
+            where, f"plane length {layer.capacity} must be a multiple of row_alignment {layer.row_alignment}"
+        )
 
 
 def _check_row_pointers(layer: MdCSR, pointers: np.ndarray, where: str) -> None:
@@ -97,7 +101,9 @@ def _check_row_pointers(layer: MdCSR, pointers: np.ndarray, where: str) -> None:
     decreasing = np.flatnonzero(pointers[1:] < pointers[:-1])
     if decreasing.size:
         row = int(decreasing[0])
-        _fail(where, f"row {row}: row_pointers must not decrease; got {pointers[row]} then {pointers[row + 1]}")
+        _fail(
+            where, f"row {row}: row_pointers must not decrease; got {pointers[row]} then {pointers[row + 1]}"
+        )
     if pointers[-1] > layer.capacity:
         _fail(where, f"row_pointers end at {pointers[-1]}, past the planes' length {layer.capacity}")
     misaligned = np.flatnonzero(pointers & np.uint32(layer.row_alignment - 1))
@@ -156,7 +162,7 @@ def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> N
             _fail(where, f"{name} must be zero past the last row's entries, from {pointers[-1]} on")
     for first, last in row_chunks(pointers):
         begin, end = int(pointers[first]), int(pointers[last])
-        lengths = np.diff(pointers[first : last + 1].astype(np.int64))
+        lengths = pointers[first + 1 : last + 1].astype(np.int64) - pointers[first:last]
         rows = np.repeat(np.arange(first, last), lengths)
         deltas, values = planes["delta_indices"][begin:end], planes["values"][begin:end]
         filler = values == 0

@@ -69,7 +69,8 @@ def _in_auto_mode(
     sharding: Any, x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array
 ) -> jax.Array:
     """Under a mesh with explicit axes the result keeps the sharding of `x`'s leading dimensions."""
-    *lead, features = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    spec: list[Any] = list(sharding.spec)
+    *lead, features = spec + [None] * (x.ndim - len(spec))
     if features is not None:
         raise ValueError(
             f"sparse_dense: the last dimension of x must not be sharded; it is, over {features!r}; use "
@@ -93,7 +94,9 @@ def _check_x(x: jax.Array, layer: MdCSR) -> None:
 
 def _check_bias(bias: jax.Array, x: jax.Array, layer: MdCSR) -> jax.Array:
     if bias.shape != (layer.out_features,):
-        raise ValueError(f"sparse_dense: bias must be (out_features,) = ({layer.out_features},); got {bias.shape}")
+        raise ValueError(
+            f"sparse_dense: bias must be (out_features,) = ({layer.out_features},); got {bias.shape}"
+        )
     if bias.dtype not in (x.dtype, jnp.float32):
         raise TypeError(f"sparse_dense: bias must be {x.dtype} (as x) or float32; got {bias.dtype}")
     return bias

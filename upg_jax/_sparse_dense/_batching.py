@@ -71,7 +71,9 @@ def _scales_mapped(primitive: Primitive, args: Any, axes: Any, **params: Any) ->
 
 
 def _register(primitive: Primitive) -> None:
-    batching.primitive_batchers[primitive] = lambda args, axes, **params: _rule(primitive, args, axes, **params)
+    batching.primitive_batchers[primitive] = lambda args, axes, **params: _rule(
+        primitive, args, axes, **params
+    )
 
 
 _register(sparse_dense_p)

@@ -38,10 +38,10 @@ def operands(layer: MdCSR) -> tuple[Layout, jax.Array, list[jax.Array]]:
     planes = [layer.row_pointers, layer.values, layer.delta_indices]
     if layer.prime_indices is not None:
         planes.append(layer.prime_indices)
-    scales, *planes = (jnp.asarray(plane) for plane in (layer.scales, *planes))
+    arrays = [jnp.asarray(array) for array in (layer.scales, *planes)]
     if layer.stack_size is None:
-        scales, *planes = (plane[None] for plane in (scales, *planes))
-    return Layout(layer.shape, layer.row_alignment, layer.manifold), scales, planes
+        arrays = [array[None] for array in arrays]
+    return Layout(layer.shape, layer.row_alignment, layer.manifold), arrays[0], arrays[1:]
 
 
 def bind(primitive: Primitive, *args: Any, layout: Layout, backend: str) -> jax.Array:

@@ -23,7 +23,9 @@ def compress(
     method: Annotated[str, typer.Option(help="How the weights to keep are chosen.")] = "magnitude",
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="PATTERN=DENSITY for the tensors a regular expression is found in; the first wins."),
+        typer.Option(
+            help="PATTERN=DENSITY for the tensors a regular expression is found in; the first wins."
+        ),
     ] = None,
     keep_dense: Annotated[
         list[str] | None,
@@ -45,7 +47,9 @@ def compress(
     from upg_jax.compress import Rule, Settings, compress_checkpoint, plan
     from upg_jax.io import open_checkpoint
 
-    rules = [Rule.keep_dense(pattern) for pattern in keep_dense or []] + [Rule.parse(text) for text in rule or []]
+    rules = [Rule.keep_dense(pattern) for pattern in keep_dense or []] + [
+        Rule.parse(text) for text in rule or []
+    ]
     settings = Settings(density=density, manifold=manifold, method=method, rules=tuple(rules))  # type: ignore[arg-type]
     checkpoint = open_checkpoint(source)
     planned = plan(checkpoint, settings)
@@ -99,7 +103,13 @@ def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
 
 def _tensors_as_dicts(result: Plan | Report) -> list[dict[str, Any]]:
     return [
-        {"name": t.name, "shape": t.shape, "density": t.density, "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight}
+        {
+            "name": t.name,
+            "shape": t.shape,
+            "density": t.density,
+            "bytes": t.nbytes,
+            "bits_per_weight": t.bits_per_weight,
+        }
         for t in result.tensors
     ]
 

@@ -10,12 +10,16 @@ import typer
 
 def convert(
     source_file: Annotated[Path, typer.Argument(metavar="OLD.upg", help="A version 1 file.")],
-    destination: Annotated[Path, typer.Argument(metavar="NEW.safetensors", help="The version 2 file to write.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="NEW.safetensors", help="The version 2 file to write.")
+    ],
     source: Annotated[
         Path | None,
         typer.Option(help="The original checkpoint, for a file that is a catalogue without weights."),
     ] = None,
-    manifold: Annotated[str, typer.Option(help="What sparse float matrices are encoded to: unit or prime.")] = "unit",
+    manifold: Annotated[
+        str, typer.Option(help="What sparse float matrices are encoded to: unit or prime.")
+    ] = "unit",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Converts a version 1 file, without running the pickle's code, and verifies the result."""
@@ -25,7 +29,8 @@ def convert(
     from upg_jax.io import convert_v1, open_checkpoint
 
     stderr.print(
-        f"{source_file}: reading it whole needs {human_bytes(source_file.stat().st_size)} of memory", highlight=False
+        f"{source_file}: reading it whole needs {human_bytes(source_file.stat().st_size)} of memory",
+        highlight=False,
     )
     with stderr.status("reading") as status:
         report = convert_v1(

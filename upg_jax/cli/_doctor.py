@@ -13,7 +13,18 @@ import typer
 from upg_jax._version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "safetensors", "chex", "gguf", "tokenizers", "jinja2")
-_SIMD = ("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "amx_int8")
+_SIMD = (
+    "sse4_2",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vbmi2",
+    "avx512_bf16",
+    "amx_int8",
+)
 
 
 def doctor(
@@ -55,7 +66,9 @@ def collect() -> dict[str, dict[str, Any]]:
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
-            "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "usable cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
             "SIMD": ", ".join(_simd()) or "unknown",
         },
         "jax": {
