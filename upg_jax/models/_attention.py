@@ -33,13 +33,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     visible = jnp.arange(k.shape[2])[None, None, None, None] <= positions[:, None, None, :, None]
     weights = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, jnp.finfo(jnp.float32).min), axis=-1)
     out = jnp.einsum(
-        "bkgts,bksh->btkgh", weights.astype(v.dtype), v, precision="highest", preferred_element_type=jnp.float32
+        "bkgts,bksh->btkgh",
+        weights.astype(v.dtype),
+        v,
+        precision="highest",
+        preferred_element_type=jnp.float32,
     )
     return out.astype(q.dtype).reshape(batch, tokens, heads * dim)
 
 
 def attend_cached(
-    q: jax.Array, keys: LayerBuffers, values: LayerBuffers, layer: Any, positions: jax.Array, filled: jax.Array
+    q: jax.Array,
+    keys: LayerBuffers,
+    values: LayerBuffers,
+    layer: Any,
+    positions: jax.Array,
+    filled: jax.Array,
 ) -> jax.Array:
     """`attend` over one layer of a cache, reading little more than its filled part.
 

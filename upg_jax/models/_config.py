@@ -55,7 +55,9 @@ class DecoderConfig:
                 f"and {self.num_heads}"
             )
         if self.head_dim % 2:
-            raise CheckpointError(f"model config: head_dim must be even for rotary positions; got {self.head_dim}")
+            raise CheckpointError(
+                f"model config: head_dim must be even for rotary positions; got {self.head_dim}"
+            )
 
 
 # Settings of other architectures that change what a model computes, each with the values that change nothing.

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from upg_jax._errors import CheckpointError
 from upg_jax.models import _llama
 from upg_jax.models._config import DecoderConfig
-from upg_jax.models._weights import Weight, WeightSource, load_params
+from upg_jax.models._weights import WeightSource, load_params
 
 
-class Family(Protocol):
-    """What a family's module provides."""
-
-    ARCHITECTURE: str
-
-    @staticmethod
-    def parse(config: Mapping[str, Any]) -> DecoderConfig:
-        """Reads a Hugging Face configuration."""
-
-    @staticmethod
-    def weights(config: DecoderConfig) -> list[Weight]:
-        """Lists every tensor that the model has."""
-
-    @staticmethod
-    def ignored(config: DecoderConfig, name: str) -> bool:
-        """Whether a checkpoint may have this tensor although the model does not use it."""
-
-
-_FAMILIES: dict[str, Family] = {family.ARCHITECTURE: family for family in (_llama,)}
-_MODEL_TYPES = {"llama": _llama.ARCHITECTURE}
+_FAMILIES = {family.architecture: family for family in (_llama.FAMILY,)}
+_MODEL_TYPES = {family.model_type: family.architecture for family in _FAMILIES.values()}
 
 
 def parse_config(config: Mapping[str, Any]) -> DecoderConfig:

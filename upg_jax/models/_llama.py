@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from upg_jax.models._config import ConfigReader, DecoderConfig
+from upg_jax.models._family import Family
 from upg_jax.models._weights import Weight
 
-ARCHITECTURE = "LlamaForCausalLM"
+_ARCHITECTURE = "LlamaForCausalLM"
 
 
 def parse(config: Mapping[str, Any]) -> DecoderConfig:
@@ -19,7 +20,7 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
     read.one_of("hidden_act", ("silu", "swish"), "silu")
     hidden, heads = read.positive("hidden_size"), read.positive("num_attention_heads")
     return DecoderConfig(
-        architecture=ARCHITECTURE,
+        architecture=_ARCHITECTURE,
         vocab_size=read.positive("vocab_size"),
         hidden_size=hidden,
         intermediate_size=read.positive("intermediate_size"),
@@ -70,3 +71,6 @@ def ignored(config: DecoderConfig, name: str) -> bool:
     """Whether a checkpoint may have this tensor although the model does not use it."""
     # Old checkpoints store the rotary frequencies; tied ones may store the head twice.
     return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+FAMILY = Family(_ARCHITECTURE, "llama", parse, weights, ignored)

@@ -59,7 +59,7 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Any:
         """A tensor, as an array or as an `MdCSR`."""
 
-    def read_all(self, names: Sequence[str]) -> Linears:
+    def read_all(self, names: Sequence[str]) -> MdCSR | tuple[Any, ...]:
         """One projection of all layers."""
 
 
@@ -90,7 +90,9 @@ def load_params(
     def dense(name: str, keep_dtype: bool = False) -> jax.Array:
         array = source.read(name)
         if isinstance(array, MdCSR):
-            raise CheckpointError(f"{source.where}: tensor {name!r} is compressed; it must be dense; exclude it")
+            raise CheckpointError(
+                f"{source.where}: tensor {name!r} is compressed; it must be dense; exclude it"
+            )
         return jnp.asarray(array, None if keep_dtype else dtype)
 
     def matrix(weight: Linear) -> Linear:

@@ -1,0 +1,21 @@
+"""Language models that answer: loading, tokenizing, sampling, generating, measuring."""
+
+from __future__ import annotations
+
+from upg_jax.inference._generate import Generation, StreamedToken
+from upg_jax.inference._model import UPGModel
+from upg_jax.inference._perplexity import Perplexity, perplexity
+from upg_jax.inference._sampling import Sampling, sample
+from upg_jax.inference._tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "Generation",
+    "Perplexity",
+    "Sampling",
+    "StreamedToken",
+    "TextStream",
+    "Tokenizer",
+    "UPGModel",
+    "perplexity",
+    "sample",
+]

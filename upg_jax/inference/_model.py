@@ -1,0 +1,277 @@
+"""`UPGModel`: a language model as a pytree that loads, runs and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upg_jax._mdcsr import MdCSR
+from upg_jax.inference._generate import Generation, StreamedToken, generate, stream
+from upg_jax.inference._load import eos_token_ids, open_model
+from upg_jax.inference._sampling import Sampling
+from upg_jax.inference._steps import cache_capacity, run_forward
+from upg_jax.inference._tokenizer import Tokenizer
+from upg_jax.models import DecoderConfig, KVCache, Params, init_cache, is_stacked, load, parse_config
+
+Prompt: TypeAlias = str | Sequence[int] | np.ndarray
+"""A text, or its token ids."""
+
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class UPGModel:
+    """A decoder-only language model on compressed or dense layers.
+
+    A pytree: its parameters are leaves, so that a model can be passed to jitted functions, differentiated (see
+    `upg_jax.partition`) and moved between devices as one value; configuration and tokenizer are static.
+
+    Attributes:
+        params: the decoder's parameters, see `upg_jax.models.Params`.
+        config: the decoder's configuration.
+        tokenizer: None for a model without one; prompts are token ids then.
+        eos_token_ids: tokens that end an answer.
+        name: what to call it, e.g. the path it was read from.
+    """
+
+    params: Params
+    config: DecoderConfig
+    tokenizer: Tokenizer | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    name: str = "model"
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], dtype: Any | None = None) -> UPGModel:
+        """Opens a model.
+
+        A UPG model's compressed planes are read in place from the file, not copied, where the device allows it.
+        A Hugging Face directory or a GGUF file gives a model of dense layers: the baseline.
+
+        Args:
+            path: a UPG file or directory (what `upg-jax compress` makes), a Hugging Face directory or a GGUF file.
+            dtype: of the activations and of dense weights, `"float32"` (the default) or `"bfloat16"`.
+
+        Raises:
+            CheckpointError: for an architecture or a setting that is not supported, or a tensor that is missing,
+                not part of the model, or of a wrong shape; the message names it.
+            FormatError: for a UPG file that is broken.
+            ValueError: for another dtype.
+        """
+        dtype = jnp.dtype("float32" if dtype is None else dtype)
+        if dtype.name not in _DTYPES:
+            raise ValueError(
+                f"UPGModel.from_file: dtype must be one of {', '.join(_DTYPES)}; got {dtype.name}"
+            )
+        opened = open_model(path)
+        config = parse_config(opened.config)
+        return cls(
+            params=load(config, opened.source, dtype),
+            config=config,
+            tokenizer=opened.tokenizer,
+            eos_token_ids=eos_token_ids(opened),
+            name=os.fspath(path),
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the activations."""
+        return self.params["norm"].dtype
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """Returns an empty cache for `batch` sequences of up to `capacity` tokens each."""
+        return init_cache(
+            self.config, batch, capacity, dtype=self.dtype, stacked=is_stacked(self.params["layers"])
+        )
+
+    def forward(self, ids: Any, cache: KVCache | None = None) -> tuple[jax.Array, KVCache]:
+        """Computes logits for new tokens. Compiled; nothing is donated, so every argument stays usable.
+
+        Args:
+            ids: integers `(batch, tokens)`.
+            cache: what the sequences have seen so far; by default nothing, with room for at least 64 more tokens.
+
+        Returns:
+            Logits, float32 `(batch, tokens, vocab)`, and the cache with the new tokens.
+
+        Raises:
+            ValueError: for ids of a wrong rank or outside the vocabulary, or a cache without room for them. Under
+                a trace, where values are not known, ids are clamped and tokens without room are not stored.
+        """
+        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"UPGModel.forward: ids must be integers (batch, tokens); got {ids.dtype} {ids.shape}"
+            )
+        batch, tokens = ids.shape
+        if cache is None:
+            cache = self.init_cache(batch, cache_capacity(tokens + 64))
+        if cache.batch != batch:
+            raise ValueError(f"UPGModel.forward: the cache is for {cache.batch} sequences; got {batch}")
+        if not isinstance(ids, jax.core.Tracer):
+            self._check_ids(np.asarray(ids), "UPGModel.forward")
+        if not isinstance(cache.lengths, jax.core.Tracer):
+            filled = int(np.max(np.asarray(cache.lengths), initial=0))
+            if filled + tokens > cache.capacity:
+                raise ValueError(
+                    f"UPGModel.forward: the cache has room for {cache.capacity} tokens; got {tokens} after "
+                    f"{filled}; make a larger one with init_cache"
+                )
+        return run_forward(self.params, self.config, jnp.asarray(ids, jnp.int32), cache)
+
+    @overload
+    def generate(self, prompt: Prompt, **settings: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **settings: Any) -> list[Generation]: ...
+
+    def generate(  # type: ignore[misc]  # the overloads do not repeat the settings
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_at_eos: bool = True,
+    ) -> Generation | list[Generation]:
+        """Continues a prompt, or a batch of prompts of any lengths.
+
+        Each prompt of a batch gets the answer that it gets alone, up to floating-point rounding.
+
+        Args:
+            prompt: a text or token ids, or a list of texts or of lists of ids.
+            max_new_tokens: tokens to generate at most.
+            temperature: 0 always takes the most likely token; otherwise what the logits are divided by.
+            top_k: choose among this many of the most likely tokens.
+            top_p: choose among the fewest of the most likely tokens whose probabilities add up to this.
+            seed: makes random choices reproducible. The prompts of a batch count up from it, or have a seed each.
+            stop_at_eos: end an answer at one of `eos_token_ids`.
+
+        Returns:
+            An answer, or a list of them for a list of prompts.
+
+        Raises:
+            ValueError: for an empty prompt, ids outside the vocabulary, or a setting out of range, naming it.
+        """
+        single = _is_single(prompt)
+        prompts = [self.encode(p) for p in ([prompt] if single else prompt)]  # type: ignore[arg-type]
+        if not prompts:
+            return []
+        sampling = Sampling.create(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        answers = generate(self, prompts, _count(max_new_tokens), sampling, stop_at_eos)
+        return answers[0] if single else answers
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_at_eos: bool = True,
+    ) -> Iterator[StreamedToken]:
+        """Continues one prompt token by token; arguments and errors are those of `generate`.
+
+        The pieces of text add up to the text that `generate` gives. The last item has the reason for ending.
+        """
+        ids, limit = self.encode(prompt), _count(max_new_tokens)
+        sampling = Sampling.create(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return stream(self, ids, limit, sampling, stop_at_eos)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of a text, or the ids that were given, checked against the vocabulary.
+
+        Raises:
+            ValueError: for an empty prompt, ids outside the vocabulary, or text without a tokenizer.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("UPGModel.encode: this model has no tokenizer; give token ids")
+            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
+        else:
+            ids = np.asarray(prompt)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                "UPGModel.encode: a prompt must be text or a list of token ids, at least one token long; "
+                f"got {str(prompt)[:80]!r}"
+            )
+        self._check_ids(ids, "UPGModel.encode")
+        return ids.tolist()
+
+    def _check_ids(self, ids: np.ndarray, operation: str) -> None:
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"{operation}: token ids must be in [0, {self.config.vocab_size}); got {wrong.flat[0]}"
+            )
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the dense model."""
+        return sum(_num_weights(leaf) for leaf in _weights(self.params))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(leaf.nbytes for leaf in _weights(self.params))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all parameters, dense ones included, per weight of the dense model."""
+        return 8 * self.nbytes / max(self.num_weights, 1)
+
+    def __repr__(self) -> str:
+        what = f"{self.name}: {self.config.architecture}, {self.config.num_layers} layers"
+        try:
+            compressed = [leaf for leaf in _weights(self.params) if isinstance(leaf, MdCSR)]
+            size = f"{self.num_weights:,} weights, {self.bits_per_weight:.2f} bits per weight"
+            if compressed:
+                share = sum(map(_num_weights, compressed))
+                bits = 8 * sum(leaf.nbytes for leaf in compressed) / share
+                size += f" ({bits:.2f} in the {share / self.num_weights:.0%} that are compressed)"
+            return f"UPGModel({what}, {size}, {self.nbytes / 2**20:.1f} MiB, {self.dtype} activations)"
+        except (AttributeError, TypeError):
+            # JAX builds pytrees with leaves of any kind.
+            return f"UPGModel({what})"
+
+
+jax.tree_util.register_dataclass(
+    UPGModel, data_fields=["params"], meta_fields=["config", "tokenizer", "eos_token_ids", "name"]
+)
+
+
+def _is_single(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return True
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1
+    return len(prompt) > 0 and all(isinstance(token, (int, np.integer)) for token in prompt)
+
+
+def _count(max_new_tokens: int) -> int:
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, (int, np.integer))
+        or max_new_tokens < 0
+    ):
+        raise ValueError(f"generate: max_new_tokens must be an integer of at least 0; got {max_new_tokens!r}")
+    return int(max_new_tokens)
+
+
+def _weights(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, MdCSR))
+
+
+def _num_weights(leaf: Any) -> int:
+    if isinstance(leaf, MdCSR):
+        return (leaf.stack_size or 1) * leaf.out_features * leaf.in_features
+    return leaf.size

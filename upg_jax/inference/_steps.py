@@ -1,0 +1,109 @@
+"""The jitted pieces of generation; everything else is bookkeeping on the host.
+
+Each compiles once for a batch size, a cache capacity and (for prefill) a chunk length; all of them come from short
+lists, and settings are arrays, so that nothing compiles after a warm-up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from upg_jax.inference._sampling import Sampling, sample
+from upg_jax.models import DecoderConfig, KVCache, Params, forward
+
+CHUNK = 512
+_SMALLEST_CHUNK = 16
+_SMALLEST_CAPACITY = 128
+
+
+def chunk_length(tokens: int) -> int:
+    """The padded length that up to `CHUNK` prompt tokens are computed at: a power of two."""
+    return max(_SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
+
+
+def cache_capacity(tokens: int) -> int:
+    """The capacity that is allocated for `tokens` tokens: 128, 192, 256, 384, 512, 768, and so on."""
+    power = max(_SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
+    three_quarters = power * 3 // 4
+    return three_quarters if max(tokens, _SMALLEST_CAPACITY) <= three_quarters else power
+
+
+@partial(jax.jit, static_argnames="config")
+def run_forward(
+    params: Params, config: DecoderConfig, ids: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """`models.forward` with a cache, compiled; the cache that is passed in stays usable."""
+    logits, new = forward(params, config, ids, cache)
+    assert new is not None
+    return logits, new
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames=("cache", "logits"))
+def prefill(
+    params: Params,
+    config: DecoderConfig,
+    ids: jax.Array,
+    counts: jax.Array,
+    cache: KVCache,
+    logits: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Takes in a chunk of each row's prompt.
+
+    Args:
+        params: the decoder's.
+        config: the decoder's.
+        ids: int32 `(batch, chunk)`, padded at the end.
+        counts: int32 `(batch,)`, real ids of each row; 0 where the prompt has ended before.
+        cache: the rows' caches; donated.
+        logits: float32 `(batch, vocab)` of the chunk before, kept where this one has nothing; donated.
+    """
+    new, filled = forward(params, config, ids, cache, counts=counts, last_only=True)
+    assert filled is not None
+    return jnp.where(counts[:, None] > 0, new, logits), filled
+
+
+@jax.jit
+def first_tokens(
+    logits: jax.Array, lengths: jax.Array, sampling: Sampling, stop_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses the first token of each answer from the logits after its prompt; returns what `decode` does."""
+    tokens = sample(logits, sampling, lengths)
+    return tokens, _is_stop(tokens, stop_ids)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    done: jax.Array,
+    cache: KVCache,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Adds each row's newest token to the cache and chooses the next; rows that are done stay as they are.
+
+    Args:
+        params: the decoder's.
+        config: the decoder's.
+        tokens: int32 `(batch,)`, each row's newest token.
+        done: bool `(batch,)`, that token ended the row's answer.
+        cache: what came before; donated.
+        sampling: the rows' settings.
+        stop_ids: int32 `(any,)`, tokens that end an answer.
+
+    Returns:
+        The tokens after `tokens`, whether they are the last ones, and the cache.
+    """
+    counts = (~done).astype(jnp.int32)
+    logits, new = forward(params, config, tokens[:, None], cache, counts=counts, last_only=True)
+    assert new is not None
+    tokens = jnp.where(done, tokens, sample(logits, sampling, new.lengths))
+    return tokens, done | _is_stop(tokens, stop_ids), new
+
+
+def _is_stop(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    return jnp.any(tokens[:, None] == stop_ids[None], axis=-1)

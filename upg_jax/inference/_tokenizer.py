@@ -1,0 +1,167 @@
+"""Text to token ids and back, through Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from upg_jax._errors import CheckpointError, MissingDependencyError
+from upg_jax.inference._chat import ChatTemplate, Message
+
+_FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Attributes:
+        special_tokens: text of the special tokens by role, e.g. `{"eos_token": "</s>"}`.
+        chat_template: None if the model has none.
+    """
+
+    def __init__(
+        self, tokenizer: Any, special_tokens: dict[str, str] | None = None, chat_template: str | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.special_tokens = special_tokens or {}
+        self.chat_template = (
+            None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Reads `tokenizer.json` and what lies beside it.
+
+        Raises:
+            CheckpointError: if there is no `tokenizer.json`, or a file cannot be read, naming it.
+            MissingDependencyError: if `tokenizers` is not installed.
+        """
+        directory = Path(directory)
+        path = directory / _FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory}: has no {_FILE}; convert the tokenizer with "
+                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        try:
+            import tokenizers
+        except ImportError as e:
+            raise MissingDependencyError(
+                'tokenizer: needs the package tokenizers; pip install "upg-jax[hf]"'
+            ) from e
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the package raises plain Exception
+            raise CheckpointError(f"{path}: is not a tokenizer that the package tokenizers reads: {e}") from e
+        config = _read_json(directory / "tokenizer_config.json")
+        special = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
+        return cls(tokenizer, special, _chat_template(directory, config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        return self._tokenizer.get_vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token's exact text, None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the ids of a text.
+
+        Args:
+            text: special tokens in it are recognized.
+            add_special_tokens: add what the model expects around a text (for many, a token at the beginning).
+        """
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """Renders a conversation with the model's chat template.
+
+        Args:
+            messages: each with `role` and `content`.
+            add_generation_prompt: end with the beginning of the assistant's answer.
+
+        Raises:
+            CheckpointError: if the model has no template, or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise CheckpointError("chat: this model has no chat template; give it a plain prompt")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Returns the ids of a conversation; arguments and errors are those of `render_chat`."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+
+class TextStream:
+    """Turns token ids into text as they come.
+
+    A character's bytes may be spread over tokens, so text is held back while it ends in an incomplete one.
+    Together the pieces are exactly what `Tokenizer.decode` makes of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Ids since the last piece but one: a token's text may depend on the one before (leading spaces).
+        self._ids: list[int] = []
+        self._known = 0
+
+    def push(self, token: int) -> str:
+        """Adds a token; returns the text that is complete now, often one word, sometimes nothing."""
+        self._ids.append(token)
+        text, before = self._texts()
+        if text.endswith("\ufffd") or len(text) <= len(before):
+            return ""
+        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
+        return text[len(before) :]
+
+    def finish(self) -> str:
+        """Returns the text that was held back."""
+        text, before = self._texts()
+        self._ids, self._known = [], 0
+        return text[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        return self._tokenizer.decode(self._ids), self._tokenizer.decode(self._ids[: self._known])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: is not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The entries like `eos_token`, given as text or as an object with the text as its `content`."""
+    found = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{directory}: chat_template must be text; got {type(template).__name__}")
+    return template
