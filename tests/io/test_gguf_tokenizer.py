@@ -251,11 +251,14 @@ def test_sentencepiece_special_tokens_are_whole(tmp_path):
         ),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer of kind 't5'"),
         ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "token twice"),
-        ({"tokenizer.ggml.token_type": [1]}, "1 token types"),
+        ({"tokenizer.ggml.token_type": [1]}, "each of the 700 tokens a type"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "pairs of pieces"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "pairs of pieces"),
         ({"tokenizer.ggml.merges": ["nowhere tobefound"]}, "make no tokenizer"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "has no vocabulary"),
         ({"tokenizer.ggml.model": "llama"}, "a score for every token"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": ["x"] * 700}, "a score for every token"),
+        ({"tokenizer.ggml.eos_token_id": 99_999}, "eos_token_id must be below the 700 tokens; got 99999"),
     ],
 )
 def test_tokenizers_it_cannot_build_are_refused_by_name(tmp_path, changes, message):

@@ -85,7 +85,7 @@ class _Parser:
         version = self.scalar("I")
         if version not in VERSIONS:
             # A big-endian file's version has its bytes swapped.
-            kind = "big-endian" if version & 0xFFFF == 0 else f"GGUF version {version}"
+            kind = "big-endian" if version and version & 0xFFFF == 0 else f"GGUF version {version}"
             raise CheckpointError(
                 f"{self.path}: is {kind}; this build reads little-endian versions {VERSIONS}"
             )

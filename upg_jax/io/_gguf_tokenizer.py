@@ -51,14 +51,14 @@ def tokenizer_files(metadata: dict[str, Any], where: Path) -> dict[str, str]:
             "'llama' (SentencePiece BPE); use the model's Hugging Face checkpoint instead"
         )
     kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if len(kinds) != len(tokens):
-        raise CheckpointError(f"{where}: has {len(tokens)} tokens but {len(kinds)} token types")
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.token_type must give each of the {len(tokens)} tokens a type"
+        )
     _add_special_tokens(tokenizer, tokens, kinds)
-    special = {
-        f"{role}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if metadata.get(f"tokenizer.ggml.{key}_token_id", len(tokens)) < len(tokens)
-    }
+    roles = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    found = {f"{role}_token": _token(metadata, key, tokens, where) for role, key in roles}
+    special = {role: token for role, token in found.items() if token is not None}
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos_token" in special
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in special
     _add_template(tokenizer, special, add_bos, add_eos)
@@ -98,8 +98,20 @@ def _import_tokenizers() -> Any:
     return tokenizers
 
 
+def _token(metadata: dict[str, Any], role: str, tokens: list[str], where: Path) -> str | None:
+    """The token with a role, by the id that the metadata give; None where they give none."""
+    key = f"tokenizer.ggml.{role}_token_id"
+    if key not in metadata:
+        return None
+    token_id = metadata[key]
+    if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise CheckpointError(f"{where}: {key} must be below the {len(tokens)} tokens; got {token_id!r}")
+    return tokens[token_id]
+
+
 def _merges(metadata: dict[str, Any], where: Path) -> list[tuple[str, str]]:
-    merges = [tuple(m.split(" ")) for m in metadata.get("tokenizer.ggml.merges", ())]
+    stored = metadata.get("tokenizer.ggml.merges")
+    merges = [tuple(str(m).split(" ")) for m in stored] if isinstance(stored, list) else []
     if not merges or any(len(m) != 2 for m in merges):
         raise CheckpointError(f"{where}: tokenizer.ggml.merges must hold pairs of pieces split by one space")
     return merges
@@ -142,15 +154,14 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], where: Path) -> Any
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], where: Path) -> Any:
     tk = _import_tokenizers()
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or [type(s) for s in scores] != [float] * len(tokens):
         raise CheckpointError(f"{where}: a SentencePiece vocabulary needs a score for every token")
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = _build_bpe(
         tk,
         where,
         tokens,
         _merges_of_scores(tokens, scores),
-        unk_token=tokens[unknown],
+        unk_token=_token(metadata, "unknown", tokens, where) or tokens[0],
         fuse_unk=True,
         byte_fallback=True,
     )
