@@ -109,7 +109,7 @@ def _token(metadata: dict[str, Any], role: str, tokens: list[str], where: Path) 
     return tokens[token_id]
 
 
-def _merges(metadata: dict[str, Any], where: Path) -> list[tuple[str, str]]:
+def _merges(metadata: dict[str, Any], where: Path) -> list[tuple[str, ...]]:
     stored = metadata.get("tokenizer.ggml.merges")
     merges = [tuple(str(m).split(" ")) for m in stored] if isinstance(stored, list) else []
     if not merges or any(len(m) != 2 for m in merges):
@@ -117,7 +117,7 @@ def _merges(metadata: dict[str, Any], where: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _build_bpe(tk: Any, where: Path, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Any:
+def _build_bpe(tk: Any, where: Path, tokens: list[str], merges: list[tuple[str, ...]], **options: Any) -> Any:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise CheckpointError(f"{where}: the vocabulary (tokenizer.ggml.tokens) has a token twice")
@@ -177,7 +177,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], where: Path) -> 
     return tokenizer
 
 
-def _merges_of_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+def _merges_of_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, ...]]:
     """The merges that join two tokens into a third, best score first, as SentencePiece prefers them."""
     ids = {token: i for i, token in enumerate(tokens)}
     merges = [
