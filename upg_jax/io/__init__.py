@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from upg_jax.io._checkpoint import Checkpoint, open_checkpoint
-from upg_jax.io._reader import TensorInfo, UPGDecompressor
+from upg_jax.io._info import TensorInfo
+from upg_jax.io._reader import UPGDecompressor
 from upg_jax.io._v1 import convert_v1
 from upg_jax.io._writer import save
 

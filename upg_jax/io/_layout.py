@@ -100,7 +100,7 @@ def _describe_leaf(key: str, leaf: Any) -> Iterator[Item]:
     if not isinstance(key, str):
         raise FormatError(f"{where}: names must be strings")
     if not isinstance(leaf, MdCSR):
-        if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.dtype not in CODE_OF:
+        if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)) or leaf.dtype not in CODE_OF:
             kinds = ", ".join(str(dtype) for dtype in CODE_OF)
             got = getattr(leaf, "dtype", type(leaf).__name__)
             raise FormatError(f"{where}: must be an MdCSR or an array of {kinds}; got {got}")

@@ -30,12 +30,7 @@ class MappedFile:
     def view(self, name: str) -> np.ndarray:
         """Returns a read-only view of a tensor; nothing is read."""
         tensor = self.header.tensors[name]
-        bits, dtype = DTYPES[tensor.dtype]
-        if dtype is None:
-            raise FormatError(
-                f"{self.path}: tensor {show(name)}: NumPy has no array of {bits}-bit {tensor.dtype}"
-            )
-        return self._bytes[tensor.start : tensor.stop].view(dtype).reshape(tensor.shape)
+        return self._view(name, tensor.stop, tensor.shape)
 
     def stack_view(self, names: list[str]) -> np.ndarray | None:
         """Returns tensors that lie side by side as one read-only array, or None where they do not."""
@@ -45,14 +40,14 @@ class MappedFile:
             same = tensor.dtype == first.dtype and tensor.shape == first.shape
             if not same or tensor.start != first.start + i * first.nbytes:
                 return None
-        return self._view(names[0], first.start, tensors[-1].stop, (len(names), *first.shape))
+        return self._view(names[0], tensors[-1].stop, (len(names), *first.shape))
 
-    def _view(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
-        code = self.header.tensors[name].dtype
-        dtype = DTYPES[code][1]
+    def _view(self, first: str, stop: int, shape: tuple[int, ...]) -> np.ndarray:
+        tensor = self.header.tensors[first]
+        dtype = DTYPES[tensor.dtype][1]
         if dtype is None:
-            raise FormatError(f"{self.path}: tensor {show(name)}: NumPy has no dtype like {code}")
-        return self._bytes[start:stop].view(dtype).reshape(shape)
+            raise FormatError(f"{self.path}: tensor {show(first)}: NumPy has no dtype like {tensor.dtype}")
+        return self._bytes[tensor.start : stop].view(dtype).reshape(shape)
 
 
 def open_files(path: str | os.PathLike[str]) -> list[MappedFile]:

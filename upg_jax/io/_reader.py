@@ -17,45 +17,9 @@ from upg_jax._errors import FormatError
 from upg_jax._mdcsr import PLANES, MdCSR, stack
 from upg_jax._validate import check_scales, validate
 from upg_jax.io._header import DTYPES, show
+from upg_jax.io._info import TensorInfo
 from upg_jax.io._mapped import MappedFile, open_files
 from upg_jax.io._metadata import PADDING_PREFIX, FileFacts, MatrixFacts, from_strings
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a file's header says of one tensor.
-
-    Attributes:
-        name: name in the original checkpoint.
-        kind: `"mdcsr"` or `"dense"`.
-        shape: of the dense tensor; `(out_features, in_features)` for a matrix.
-        dtype: name of the dense tensor's dtype; the original's for a matrix.
-        stored_bytes: bytes in the file, padding tails included.
-        manifold: `"unit"` or `"prime"`; None for a dense tensor.
-        capacity: stored length of a matrix's planes, tail included; None for a dense tensor.
-        true_nnz: nonzero weights as the metadata claims them (`verify` counts); None for a dense tensor.
-        row_alignment: of a matrix; None for a dense tensor.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    dtype: str
-    stored_bytes: int
-    manifold: str | None = None
-    capacity: int | None = None
-    true_nnz: int | None = None
-    row_alignment: int | None = None
-
-    @property
-    def num_weights(self) -> int:
-        """Elements of the dense tensor."""
-        return int(np.prod(self.shape, dtype=object))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits, padding included, per element of the dense tensor."""
-        return 8 * self.stored_bytes / max(self.num_weights, 1)
 
 
 class UPGDecompressor:
@@ -126,6 +90,7 @@ class UPGDecompressor:
 
     def names(self) -> list[str]:
         """Returns all tensors' names as in the original checkpoint, the compressed matrices first."""
+        self._check_open()
         return [*self._matrices, *self._dense]
 
     def info(self, name: str) -> TensorInfo:
@@ -225,6 +190,7 @@ class UPGDecompressor:
         Raises:
             FormatError: naming file, tensor, row and rule of the first thing that is wrong.
         """
+        self._check_open()
         for name, (file, facts) in self._matrices.items():
             if progress is not None:
                 progress(name)
@@ -267,9 +233,12 @@ class UPGDecompressor:
         files = ", ".join(str(file.path) for file in self._files)
         return f"UPGDecompressor({files}: {len(self._matrices)} compressed, {len(self._dense)} dense)"
 
-    def _find(self, among: dict[str, Any], name: str) -> Any:
+    def _check_open(self) -> None:
         if self._closed:
-            raise ValueError(f"UPGDecompressor: reading {name!r} needs an open file; this one was closed")
+            raise ValueError("UPGDecompressor: reading needs an open file; this one was closed")
+
+    def _find(self, among: dict[str, Any], name: str) -> Any:
+        self._check_open()
         if name in among:
             return among[name]
         where = self._files[0].path
