@@ -1,4 +1,4 @@
-"""Strict JAX for every test: no silent promotion, warnings as errors (pyproject.toml), several CPU devices."""
+"""Strict JAX for every test: no silent promotion, several CPU devices; pyproject.toml makes warnings errors."""
 
 from __future__ import annotations
 

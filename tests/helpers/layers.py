@@ -46,7 +46,7 @@ def gaps_matrix() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer by its description, so that pytest can name it; built once per process."""
+    """A layer by its description, so that pytest can name it."""
 
     structure: str = "random"
     shape: tuple[int, int] = (33, 67)
@@ -54,6 +54,9 @@ class Case:
     dtype: str = "float32"
     row_alignment: int = 1
     seed: int = 0
+
+    def __post_init__(self):
+        _layer(self)  # at once, since arrays made while tracing would be tracers
 
     def __str__(self) -> str:
         rows, columns = self.shape

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upg_jax._compat import explicit_sharding
 from upg_jax._mdcsr import MdCSR
@@ -112,16 +112,15 @@ def _check_index(index: Any, x: jax.Array, layer: MdCSR) -> jax.Array:
         raise ValueError(
             f"sparse_dense: a stack of {size} layers needs index=; or map over the stack with jax.vmap or lax.scan"
         )
-    if not isinstance(index, jax.Array) and jnp.ndim(index) == 0:
-        i = operator.index(index)
-        if not -size <= i < size:
-            raise IndexError(f"sparse_dense: index {i} is out of range for a stack of {size} layers")
-    index = jnp.asarray(index)
+    if not isinstance(index, jax.Array):
+        index = np.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"sparse_dense: index must be integers; got {index.dtype}")
+    if isinstance(index, np.ndarray) and index.ndim == 0 and not -size <= index < size:
+        raise IndexError(f"sparse_dense: index {index} is out of range for a stack of {size} layers")
     if index.shape != x.shape[: index.ndim] or index.ndim >= x.ndim:
         raise ValueError(
             f"sparse_dense: index's shape must be a prefix of x's leading shape {x.shape[:-1]}; got {index.shape}"
         )
-    index = index.astype(jnp.int32)
+    index = jnp.asarray(index, jnp.int32)
     return jnp.clip(jnp.where(index < 0, index + size, index), 0, max(size - 1, 0))

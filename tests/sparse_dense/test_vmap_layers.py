@@ -1,0 +1,126 @@
+"""vmap over the layers of a stack and over `index`: one call, no plane copied per example."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.bounds import assert_within_bound
+from helpers.layers import Case
+
+from upg_jax import sparse_dense, stack
+
+
+@functools.cache
+def parts(manifold: str, row_alignment: int = 1) -> list[Case]:
+    kinds = ("random", "full_row", "zero", "random")
+    return [Case(k, (7, 13), manifold, "float32", row_alignment, seed) for seed, k in enumerate(kinds)]
+
+
+def weights(cases) -> np.ndarray:
+    return np.stack([case.weight for case in cases])
+
+
+def layers_of(cases):
+    return stack([case.layer for case in cases])
+
+
+def terms(cases) -> int:
+    return max(case.terms for case in cases)
+
+
+@pytest.mark.parametrize(("manifold", "row_alignment"), [("unit", 8), ("prime", 1)])
+@pytest.mark.parametrize("x_mapped", [False, True])
+def test_vmap_over_stacked_layers(manifold, row_alignment, x_mapped, backend):
+    cases = parts(manifold, row_alignment)
+    x = cases[0].x(4, 2) if x_mapped else cases[0].x(2)
+    mapped = jax.vmap(sparse_dense, (0 if x_mapped else None, 0))
+    y = mapped(x, layers_of(cases))
+    assert_within_bound(
+        y, lambda x, w: x @ np.swapaxes(w, 1, 2), x, weights(cases), terms=terms(cases)
+    )
+    assert str(jax.make_jaxpr(mapped)(x, layers_of(cases))).count("sparse_dense[") == 1
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_vmap_over_layers_stacked_on_another_axis(axis, backend):
+    cases = parts("prime")
+    layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), layers_of(cases))
+    x = cases[0].x(2)
+    y = jax.vmap(sparse_dense, (None, axis))(x, layers)
+    np.testing.assert_array_equal(y, jax.vmap(sparse_dense, (None, 0))(x, layers_of(cases)))
+
+
+def test_vmap_over_layers_and_bias(backend):
+    cases = parts("unit")
+    x, bias = cases[0].x(2), cases[0].cotangent(4)
+    y = jax.vmap(sparse_dense, (None, 0, 0))(x, layers_of(cases), bias)
+    assert_within_bound(
+        y,
+        lambda x, w, b: x @ np.swapaxes(w, 1, 2) + b[:, None, :],
+        *(x, weights(cases), bias),
+        terms=terms(cases),
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
+def test_vmap_over_layers_without_rows_or_columns(shape, backend):
+    case = Case("zero", shape)
+    y = jax.vmap(sparse_dense, (None, 0))(case.x(2), stack([case.layer] * 3))
+    np.testing.assert_array_equal(y, np.zeros((3, 2, shape[0]), np.float32))
+
+
+@pytest.mark.parametrize("x_mapped", [False, True])
+def test_vmap_over_index_is_one_call(x_mapped, backend):
+    cases = parts("prime")
+    layers, index = layers_of(cases), jnp.array([3, 0, 3])
+    x = cases[0].x(3, 2) if x_mapped else cases[0].x(2)
+    mapped = jax.vmap(lambda x, i: sparse_dense(x, layers, index=i), (0 if x_mapped else None, 0))
+    y = mapped(x, index)
+    chosen = weights(cases)[np.array([3, 0, 3])]
+    assert_within_bound(y, lambda x, w: x @ np.swapaxes(w, 1, 2), x, chosen, terms=terms(cases))
+    assert str(jax.make_jaxpr(mapped)(x, index)).count("sparse_dense[") == 1
+
+
+def test_vmap_over_x_with_one_index(backend):
+    cases = parts("unit")
+    layers = layers_of(cases)
+    x = cases[0].x(3, 2)
+    y = jax.vmap(lambda x: sparse_dense(x, layers, index=1))(x)
+    np.testing.assert_array_equal(y, sparse_dense(x, layers, index=1))
+
+
+def test_vmap_over_x_behind_an_array_of_indices(backend):
+    cases = parts("unit")
+    layers, index = layers_of(cases), jnp.array([2, 1])
+    x = cases[0].x(3, 2, 5)
+    y = jax.vmap(lambda x: sparse_dense(x, layers, index=index))(x)
+    expected = jnp.stack([sparse_dense(xs, layers, index=index) for xs in x])
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_nested_vmaps_over_layers_and_index(backend):
+    cases = parts("prime")
+    groups = [layers_of(cases[:2]), layers_of(cases[2:])]
+    capacity = max(g.capacity for g in groups)
+    padded = [
+        jax.tree.map(
+            lambda a: jnp.pad(a, ((0, 0), (0, capacity - a.shape[1]))) if a.dtype.itemsize < 4 else a, g
+        )
+        for g in groups
+    ]
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)
+    x, index = cases[0].x(2), jnp.array([1, 0, 1])
+
+    def choose(i, layers):
+        return sparse_dense(x, layers, index=i)
+
+    y = jax.vmap(jax.vmap(choose, (0, None)), (None, 0))(index, both)
+    chosen = weights(cases).reshape(2, 2, 7, 13)[:, np.array(index)]
+    assert_within_bound(y, lambda x, w: x @ np.swapaxes(w, 2, 3), x, chosen, terms=terms(cases))
+    z = jax.vmap(jax.vmap(lambda layer: sparse_dense(x, layer)))(both)
+    chosen = weights(cases).reshape(2, 2, 7, 13)
+    assert_within_bound(z, lambda x, w: x @ np.swapaxes(w, 2, 3), x, chosen, terms=terms(cases))
