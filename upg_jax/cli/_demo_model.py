@@ -89,3 +89,11 @@ def _download(destination: Path) -> None:
             temporary.open("wb") as target,
         ):
             shutil.copyfileobj(source, target, 1 << 20)
+
+
+def stored_bits_per_weight(path: Path) -> float:
+    """Bits that a GGUF file spends on a weight of the decoder blocks' linear layers."""
+    import gguf
+
+    linears = [t for t in gguf.GGUFReader(path).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    return 8 * sum(int(t.n_bytes) for t in linears) / sum(int(t.n_elements) for t in linears)
