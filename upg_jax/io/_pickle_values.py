@@ -162,6 +162,10 @@ def _latin1(budget: Budget, text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes(_: Budget) -> bytes:
+    return b""
+
+
 def _new_dict(_: Budget) -> dict[Any, Any]:
     return {}
 
@@ -202,6 +206,7 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     **{f"{core}.numeric._frombuffer": _array_from_buffer for core in _NUMPY_CORES},
     **{f"{module}._reconstructor": _reconstructor for module in ("copyreg", "copy_reg")},
     **{f"{module}.{name}": _new_set for module in _BUILTINS for name in ("set", "frozenset")},
+    **{f"{module}.bytes": _no_bytes for module in _BUILTINS},
     **{f"{module}.object": None for module in _BUILTINS},
     **dict.fromkeys(_SCIPY_CSR, None),
 }
