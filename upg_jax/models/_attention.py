@@ -27,18 +27,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     """
     batch, tokens, heads, dim = q.shape
     groups = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], dim)
-    scores = jnp.einsum(
-        "btkgh,bksh->bkgts", groups, k, precision="highest", preferred_element_type=jnp.float32
-    )
+    # In float32 also where the cache is bfloat16, for which XLA's CPU backend lacks some of these products.
+    groups, k, v = (x.astype(jnp.float32) for x in (groups, k, v))
+    scores = jnp.einsum("btkgh,bksh->bkgts", groups, k, precision="highest")
     visible = jnp.arange(k.shape[2])[None, None, None, None] <= positions[:, None, None, :, None]
     weights = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum(
-        "bkgts,bksh->btkgh",
-        weights.astype(v.dtype),
-        v,
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    )
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
     return out.astype(q.dtype).reshape(batch, tokens, heads * dim)
 
 

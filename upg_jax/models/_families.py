@@ -10,7 +10,6 @@ from upg_jax.models import _llama
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._weights import WeightSource, load_params
 
-
 _FAMILIES = {family.architecture: family for family in (_llama.FAMILY,)}
 _MODEL_TYPES = {family.model_type: family.architecture for family in _FAMILIES.values()}
 

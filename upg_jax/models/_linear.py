@@ -34,10 +34,12 @@ def linear(x: jax.Array, weight: Linear, bias: jax.Array | None = None) -> jax.A
 def _dense_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     # For one bfloat16 vector, XLA's CPU backend converts the whole matrix to float32 first (12 times slower, and
     # as much memory again); for two it does not.
-    single = x.dtype != jnp.float32 and x.size == x.shape[-1]
-    rows = jnp.broadcast_to(x[None], (2, *x.shape)) if single else x
-    y = jnp.einsum("...i,oi->...o", rows, weight, precision="highest", preferred_element_type=jnp.float32)
-    return y[0] if single else y
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if count == 1 and x.dtype != jnp.float32:
+        rows = jnp.broadcast_to(rows, (2, rows.shape[1]))
+    y = jnp.einsum("ni,oi->no", rows, weight, precision="highest", preferred_element_type=jnp.float32)
+    return y[:count].reshape(*x.shape[:-1], -1)
 
 
 def project(x: jax.Array, layers: Mapping[str, Any], name: str, layer: Any) -> jax.Array:

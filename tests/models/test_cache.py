@@ -1,0 +1,86 @@
+"""The key-value cache: what is stored where, and that a donated one is never copied."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.hf_llama import compressed_model, dense_model, repeated
+
+from upg_jax.models import forward, init_cache
+from upg_jax.models._attention import attend, attend_cached, window_lengths
+from upg_jax.models._cache import read, write
+
+
+def filled(stacked, layers=2, batch=3, heads=2, capacity=5, dim=4):
+    shape = (batch, heads, capacity, dim)
+    if stacked:
+        return jnp.zeros((layers, *shape))
+    return tuple(jnp.zeros(shape) for _ in range(layers))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_tokens_are_stored_at_their_positions_and_dropped_beyond_the_capacity(stacked):
+    rng = np.random.default_rng(0)
+    new = rng.normal(size=(3, 2, 2, 4)).astype(np.float32)
+    positions = np.array([[0, 1], [4, 5], [5, 3]])
+    expected = np.zeros((2, 3, 2, 5, 4), np.float32)
+    for row in range(3):
+        for token in range(2):
+            if positions[row, token] < 5:
+                expected[1, row, :, positions[row, token]] = new[row, token]
+    buffers = write(filled(stacked), 1, jnp.asarray(new), jnp.asarray(positions))
+    for layer in range(2):
+        np.testing.assert_array_equal(read(buffers, layer, 5), expected[layer])
+        np.testing.assert_array_equal(read(buffers, layer, 2), expected[layer][:, :, :2])
+
+
+@pytest.mark.parametrize("capacity", [1, 64, 65, 128, 300, 1024])
+def test_windows_double_up_to_the_capacity(capacity):
+    windows = window_lengths(capacity)
+    assert windows[-1] == capacity
+    assert windows == sorted(set(windows))
+    assert all(b <= 2 * a for a, b in itertools.pairwise(windows))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 150])
+def test_attention_over_a_window_equals_attention_over_the_whole_cache(stacked, length):
+    rng = np.random.default_rng(length)
+    q = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
+    # Beyond the filled part lies garbage, as after a shorter answer.
+    k, v = (jnp.asarray(rng.normal(size=(1, 1, 2, 150, 8)), jnp.float32) for _ in range(2))
+    positions = jnp.full((1, 1), length - 1, jnp.int32)
+    keys, values = (k, v) if stacked else ((k[0],), (v[0],))
+    windowed = jax.jit(attend_cached, static_argnums=3)(q, keys, values, 0, positions, jnp.int32(length))
+    exact = attend(q, k[0, :, :, :length], v[0, :, :, :length], positions)
+    np.testing.assert_allclose(windowed, exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("model", [dense_model, compressed_model])
+def test_a_decode_step_updates_a_donated_cache_in_place(model):
+    def memory(layers):
+        deep = repeated(model(), layers)
+        cache = deep.init_cache(2, 4096)
+
+        def step(params, ids, cache):
+            return forward(params, deep.config, ids, cache, last_only=True)
+
+        lowered = jax.jit(step, donate_argnums=2).lower(deep.params, jnp.zeros((2, 1), jnp.int32), cache)
+        found = lowered.compile().memory_analysis()
+        assert found.alias_size_in_bytes >= cache.nbytes
+        return cache.nbytes, found.temp_size_in_bytes
+
+    (small, temporary), (large, deep_temporary) = memory(2), memory(5)
+    # What is not in place is one layer's window, however many layers there are; a copy of all keys, or of all
+    # values, would be half of the cache.
+    assert deep_temporary - temporary < 0.05 * (large - small)
+
+
+def test_repr_says_what_it_holds():
+    cache = init_cache(dense_model().config, 3, 100, dtype=jnp.bfloat16, stacked=True)
+    assert repr(cache) == "KVCache(batch=3, capacity=100, bfloat16, 0.1 MiB)"
+    assert cache.nbytes == 2 * 2 * 3 * 2 * 100 * 16 * 2
