@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -198,6 +200,20 @@ PLANES = ("values", "delta_indices", "scales", "row_pointers", "prime_indices")
 STATIC_FIELDS = ("shape", "row_alignment", "dtype", "index", "value_bits")
 
 jax.tree_util.register_dataclass(MdCSR, data_fields=list(PLANES), meta_fields=list(STATIC_FIELDS))
+
+
+def _metadata_from_json(text: bytes | bytearray) -> tuple[Any, ...]:
+    shape, *others = json.loads(text)
+    return (tuple(shape), *others)
+
+
+# Programs saved by `jax.export` may take layers as arguments.
+jax.export.register_pytree_node_serialization(
+    MdCSR,
+    serialized_name="upg_jax.MdCSR",
+    serialize_auxdata=lambda metadata: json.dumps(metadata).encode(),
+    deserialize_auxdata=_metadata_from_json,
+)
 
 
 def stack(layers: Sequence[MdCSR]) -> MdCSR:

@@ -39,12 +39,14 @@ PATHS = {
     ),
 }
 SCALES = {
-    "gradient of scales": lambda x: jax.grad(
-        lambda p: sparse_dense(x, combine(p, REST)).astype(jnp.float32).sum()
-    )(PARAMS).scales,
-    "gradient of scales in vmap": lambda x: jax.vmap(
-        jax.grad(lambda p, x: sparse_dense(x, combine(p, REST)).astype(jnp.float32).sum()), (None, 0)
-    )(PARAMS, x).scales,
+    "gradient of scales": lambda x: (
+        jax.grad(lambda p: sparse_dense(x, combine(p, REST)).astype(jnp.float32).sum())(PARAMS).scales
+    ),
+    "gradient of scales in vmap": lambda x: (
+        jax.vmap(
+            jax.grad(lambda p, x: sparse_dense(x, combine(p, REST)).astype(jnp.float32).sum()), (None, 0)
+        )(PARAMS, x).scales
+    ),
     "gradient of a float32 bias": lambda x: jax.grad(
         lambda b: sparse_dense(x, CASE.layer, b).astype(jnp.float32).sum()
     )(jnp.ones(13)),
@@ -63,9 +65,9 @@ def dtype_out(f, dtype) -> str:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_path_returns_the_dtype_of_x(dtype, x64):
-    assert {name: dtype_out(path, dtype) for name, path in PATHS.items() if not x64 or "bias" not in name} == {
-        name: dtype for name in PATHS if not x64 or "bias" not in name
-    }
+    assert {
+        name: dtype_out(path, dtype) for name, path in PATHS.items() if not x64 or "bias" not in name
+    } == {name: dtype for name in PATHS if not x64 or "bias" not in name}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

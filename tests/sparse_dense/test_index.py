@@ -58,9 +58,7 @@ def test_traced_scalars_count_from_the_end_and_are_clamped(index, layer, backend
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32", "int32"])
 def test_every_integer_dtype(dtype):
     x = CASES[0].x(2)
-    np.testing.assert_array_equal(
-        jitted(x, jnp.asarray(2, dtype)), sparse_dense(x, layers(), index=2)
-    )
+    np.testing.assert_array_equal(jitted(x, jnp.asarray(2, dtype)), sparse_dense(x, layers(), index=2))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +116,7 @@ def test_other_indices_are_refused(index, error, message):
 def test_bias_with_an_index(backend):
     x, bias = CASES[0].x(2), CASES[0].cotangent()
     y = sparse_dense(x, layers(), bias, index=0)
-    assert_within_bound(
-        y, lambda x, w, b: x @ w.T + b, x, WEIGHTS[0], bias, terms=TERMS
-    )
+    assert_within_bound(y, lambda x, w, b: x @ w.T + b, x, WEIGHTS[0], bias, terms=TERMS)
 
 
 @pytest.mark.parametrize("index", [0, [2, 0, 2, 1]], ids=str)
@@ -135,9 +131,7 @@ def test_gradients_reach_x_and_the_chosen_scales_only(index, backend):
     x_bar, params_bar = jax.jit(jax.grad(loss, (0, 1)))(x, params)
     levels = np.stack([case.levels for case in CASES])[index]
     scales = np.asarray(params.scales)[index]
-    assert_within_bound(
-        x_bar, lambda g, w, s: (g * s[..., None, :]) @ w, ct, levels, scales, terms=TERMS
-    )
+    assert_within_bound(x_bar, lambda g, w, s: (g * s[..., None, :]) @ w, ct, levels, scales, terms=TERMS)
 
     def formula(g, x, w):
         z = (g * (x @ np.swapaxes(w, -1, -2))).sum(1)

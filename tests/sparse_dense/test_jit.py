@@ -87,7 +87,7 @@ def test_random_inputs_made_inside_the_program(backend):
 
 @pytest.mark.parametrize("vectors", [1, 300])
 def test_a_layer_closed_over_compiles_about_as_fast_as_an_argument(vectors, backend):
-    """XLA folds constants at compile time: without a barrier this takes over ten seconds."""
+    """XLA may evaluate what depends on constants alone while compiling, for many seconds."""
     rng = np.random.default_rng(0)
     layer = MdCSR.from_dense(rng.standard_normal((1500, 1500)).astype(np.float32), density=0.5)
     x = jnp.ones((vectors, 1500))

@@ -28,7 +28,14 @@ def test_jvp_of_x_scales_and_bias(case, backend):
     primals, tangents = (x, scales, bias), (x_dot, scales_dot, bias_dot)
     y, y_dot = jax.jvp(lambda x, s, b: apply(case.layer, x, s, b), primals, tangents)
     assert_within_bound(
-        y, lambda x, w, s, b: x @ w.T * s + b, x, case.levels, scales, bias, terms=case.terms, dtype=case.dtype
+        y,
+        lambda x, w, s, b: x @ w.T * s + b,
+        x,
+        case.levels,
+        scales,
+        bias,
+        terms=case.terms,
+        dtype=case.dtype,
     )
     assert_within_bound(
         y_dot,

@@ -62,9 +62,7 @@ def test_gradients_through_the_loop(loop, backend):
     w = [case.weight for case in CASES]
     levels = [case.levels for case in CASES]
 
-    assert_within_bound(
-        x_bar, lambda g, *w: chain(g, *(v.T for v in reversed(w))), ct, *w, terms=TERMS
-    )
+    assert_within_bound(x_bar, lambda g, *w: chain(g, *(v.T for v in reversed(w))), ct, *w, terms=TERMS)
 
     def by_scales(g, x, w, levels):
         # dL/ds_k = (x W_1' .. W_{k-1}') Q_k' * (g W_n .. W_{k+1}), summed over vectors

@@ -18,9 +18,7 @@ def test_transpose_in_x(case, backend):
     x, ct = case.x(5), case.cotangent(5)
     (actual,) = jax.linear_transpose(lambda x: sparse_dense(x, case.layer), x)(ct)
     operands = (ct, case.levels, case.scales)
-    assert_within_bound(
-        actual, lambda g, w, s: (g * s) @ w, *operands, terms=case.terms, dtype=case.dtype
-    )
+    assert_within_bound(actual, lambda g, w, s: (g * s) @ w, *operands, terms=case.terms, dtype=case.dtype)
 
 
 def test_transpose_in_scales(backend):

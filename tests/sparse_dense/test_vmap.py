@@ -95,9 +95,7 @@ def test_vmap_of_the_bias(backend):
     x, bias = SMALL.x(2), SMALL.cotangent(3)
     y = jax.vmap(lambda b: sparse_dense(x, SMALL.layer, b))(bias)
     operands = (x, SMALL.levels, SMALL.scales, bias)
-    assert_within_bound(
-        y, lambda x, w, s, b: (x @ w.T * s)[None] + b[:, None], *operands, terms=SMALL.terms
-    )
+    assert_within_bound(y, lambda x, w, s, b: (x @ w.T * s)[None] + b[:, None], *operands, terms=SMALL.terms)
 
 
 def test_nested_vmaps_of_x_are_one_call(backend):

@@ -49,9 +49,7 @@ def test_grad_of_vmap_sums_over_examples(backend):
     operands = (ct, SMALL.levels, SMALL.scales)
     assert_within_bound(x_bar, lambda g, w, s: (g * s) @ w, *operands, terms=SMALL.terms)
     operands = (ct, x, SMALL.levels)
-    assert_within_bound(
-        scales_bar, lambda g, x, w: (g * (x @ w.T)).sum((0, 1)), *operands, terms=SMALL.terms
-    )
+    assert_within_bound(scales_bar, lambda g, x, w: (g * (x @ w.T)).sum((0, 1)), *operands, terms=SMALL.terms)
 
 
 @pytest.mark.parametrize("order", ["grad of vmap", "vmap of grad"])

@@ -39,9 +39,7 @@ def test_vmap_over_stacked_layers(manifold, row_alignment, x_mapped, backend):
     x = cases[0].x(4, 2) if x_mapped else cases[0].x(2)
     mapped = jax.vmap(sparse_dense, (0 if x_mapped else None, 0))
     y = mapped(x, layers_of(cases))
-    assert_within_bound(
-        y, lambda x, w: x @ np.swapaxes(w, 1, 2), x, weights(cases), terms=terms(cases)
-    )
+    assert_within_bound(y, lambda x, w: x @ np.swapaxes(w, 1, 2), x, weights(cases), terms=terms(cases))
     assert str(jax.make_jaxpr(mapped)(x, layers_of(cases))).count("sparse_dense[") == 1
 
 

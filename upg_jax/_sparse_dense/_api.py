@@ -76,7 +76,8 @@ def _in_auto_mode(
             f"sparse_dense: the last dimension of x must not be sharded; it is, over {features!r}; use "
             "jax.shard_map for a row-parallel product, or jax.reshard x first"
         )
-    out = jax.sharding.PartitionSpec(*lead, None)
+    # With its mesh, so that it also holds outside `jax.set_mesh`.
+    out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*lead, None))
     return jax.sharding.auto_axes(_product, out_sharding=out)(x, layer, bias, index)
 
 

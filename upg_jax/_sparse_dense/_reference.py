@@ -76,7 +76,7 @@ def _by_group(
 def _product(x: jax.Array, scales: jax.Array, planes: Any, layout: Layout) -> jax.Array:
     n = x.shape[0]
     out_features, _ = layout.shape
-    if n > _WALK_VECTORS:
+    if not isinstance(n, int) or n > _WALK_VECTORS:  # no int: a symbolic size of jax.export
         dense = decode_levels(*planes, layout=layout)
         return jnp.dot(x, dense.T, precision=lax.Precision.HIGHEST) * scales[None]
     columns = x.T
@@ -92,7 +92,7 @@ def _transposed_product(g: jax.Array, scales: jax.Array, planes: Any, layout: La
     n = g.shape[0]
     _, in_features = layout.shape
     scaled = g * scales[None]
-    if n > _WALK_VECTORS_TRANSPOSED:
+    if not isinstance(n, int) or n > _WALK_VECTORS_TRANSPOSED:
         dense = decode_levels(*planes, layout=layout)
         return jnp.dot(scaled, dense, precision=lax.Precision.HIGHEST)
     rows = scaled.T
