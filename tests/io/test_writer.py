@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.files import assert_holds
 from helpers.layers import gaps_matrix, matrix
 from oracle import mdcsr as oracle
 from safetensors import safe_open
@@ -25,6 +27,7 @@ from upg_jax import FormatError, MdCSR, UPGDecompressor, save
 from upg_jax.io._header import read_header
 
 
+@functools.cache
 def layer(shape=(67, 33), density=0.5, manifold="unit", seed=0, **options) -> MdCSR:
     w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     return MdCSR.from_dense(w, density=density, manifold=manifold, **options)
@@ -41,7 +44,7 @@ def model_tensors(layers=4, manifold="unit", shape=(300, 257)):
     for i in reversed(range(layers)):
         prefix = f"model.layers.{i}"
         tensors[f"{prefix}.up.weight"] = layer(shape, 0.5, manifold, seed=i)
-        tensors[f"{prefix}.large.weight"] = layer((512, 2048), 0.8, manifold, seed=i)
+        tensors[f"{prefix}.large.weight"] = layer((512, 1024), 0.8, manifold, seed=i)
         tensors[f"{prefix}.tiny.weight"] = layer((7, 11), 0.5, manifold, seed=i)
         tensors[f"{prefix}.norm.weight"] = np.full(257, i, np.float32)
     tensors["embed.weight"] = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
@@ -81,7 +84,7 @@ def test_a_single_large_plane_starts_on_a_page(tmp_path):
 
 
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
-@pytest.mark.parametrize("shape", [(7, 11), (100, 100), (150, 200), (300, 257), (512, 2048)])
+@pytest.mark.parametrize("shape", [(7, 11), (100, 100), (150, 200), (300, 257), (512, 1024)])
 def test_consecutive_layers_lie_side_by_side_at_equal_lengths(tmp_path, manifold, shape):
     # 11 layers, so that sorting names as text would put layer 10 behind layer 1.
     tensors = {f"layers.{i}.w": layer(shape, 0.8, manifold, seed=i) for i in range(11)}
@@ -97,7 +100,7 @@ def test_consecutive_layers_lie_side_by_side_at_equal_lengths(tmp_path, manifold
 
 
 def test_padding_costs_at_most_five_percent(tmp_path):
-    for density in (0.07, 0.1, 0.3, 0.5, 0.7, 1.0):
+    for density in (0.1, 0.5, 1.0):
         # The shapes of SmolLM2-135M.
         shapes = {"q": (576, 576), "k": (192, 576), "up": (1536, 576)}
         path = tmp_path / "model.safetensors"
@@ -117,8 +120,8 @@ def test_layers_of_uneven_sizes_keep_their_own_lengths(tmp_path):
     lengths = [f.info(name).capacity for name in sorted(tensors)]
     assert lengths[0] < 0.3 * lengths[1]
     stack = f.get_stack(sorted(tensors))
-    np.testing.assert_array_equal(stack.to_dense()[0], tensors["layers.0.w"].to_dense())
-    np.testing.assert_array_equal(stack.to_dense()[1], tensors["layers.1.w"].to_dense())
+    for i, name in enumerate(sorted(tensors)):
+        assert_holds(stack, tensors[name], i)
 
 
 def test_layers_of_different_metadata_do_not_share_a_stack(tmp_path):
@@ -131,7 +134,7 @@ def test_layers_of_different_metadata_do_not_share_a_stack(tmp_path):
     save(path, tensors)
     f = UPGDecompressor.from_safetensors(path)
     for name, original in tensors.items():
-        np.testing.assert_array_equal(f.decompress_layer(name), original.to_dense())
+        assert_holds(f.get_layer(name), original)
 
 
 def test_experts_lie_side_by_side_across_layers(tmp_path):
@@ -150,8 +153,7 @@ def test_row_alignment_survives(tmp_path):
         save(path, {"w": original})
         f = UPGDecompressor.from_safetensors(path)
         f.verify()
-        assert f.get_layer("w").row_alignment == alignment
-        np.testing.assert_array_equal(f.decompress_layer("w"), original.to_dense())
+        assert_holds(f.get_layer("w"), original)
 
 
 def test_a_long_tail_is_not_stored(tmp_path):
@@ -159,9 +161,7 @@ def test_a_long_tail_is_not_stored(tmp_path):
     original = layer(capacity=1 << 20)
     save(path, {"w": original})
     assert path.stat().st_size < 20_000
-    np.testing.assert_array_equal(
-        UPGDecompressor.from_safetensors(path).decompress_layer("w"), original.to_dense()
-    )
+    assert_holds(UPGDecompressor.from_safetensors(path).get_layer("w"), original)
 
 
 def test_a_stack_is_saved_as_layers_and_comes_back_as_a_stack(tmp_path):
@@ -172,7 +172,7 @@ def test_a_stack_is_saved_as_layers_and_comes_back_as_a_stack(tmp_path):
     assert f.names() == [f"layers.{i}.w" for i in range(3)]
     back = f.get_stack(f.names())
     for i, original in enumerate(layers):
-        np.testing.assert_array_equal(back.to_dense()[i], original.to_dense())
+        assert_holds(back, original, i)
 
 
 @pytest.mark.parametrize("name", ["layers.w", "layers.{}.{}.w"])
@@ -198,15 +198,7 @@ def test_awkward_matrices_survive(tmp_path, manifold):
     f = UPGDecompressor.from_safetensors(path)
     f.verify()
     for name, original in layers.items():
-        back = f.get_layer(name, device=False)
-        assert back.shape == original.shape
-        for plane in ("values", "delta_indices", "prime_indices", "scales", "row_pointers"):
-            stored, expected = getattr(back, plane), getattr(original, plane)
-            if plane in ("scales", "row_pointers"):
-                np.testing.assert_array_equal(stored, expected)
-            elif expected is not None:
-                np.testing.assert_array_equal(stored[: original.nnz], expected)
-                assert not stored[original.nnz :].any()
+        assert_holds(f.get_layer(name, device=False), original)
 
 
 DENSE_DTYPES = [
@@ -461,11 +453,9 @@ def test_replacing_a_mapped_file_keeps_the_old_map(tmp_path):
     f = UPGDecompressor.from_safetensors(path)
     held = f.get_layer("w")
     save(path, {"w": second})
-    np.testing.assert_array_equal(held.to_dense(), first.to_dense())
-    np.testing.assert_array_equal(f.decompress_layer("v"), second.to_dense())
-    np.testing.assert_array_equal(
-        UPGDecompressor.from_safetensors(path).decompress_layer("w"), second.to_dense()
-    )
+    assert_holds(held, first)
+    assert_holds(f.get_layer("v"), second)
+    assert_holds(UPGDecompressor.from_safetensors(path).get_layer("w"), second)
 
 
 def test_a_model_can_be_saved_over_the_file_it_is_mapped_from(tmp_path):
@@ -474,9 +464,7 @@ def test_a_model_can_be_saved_over_the_file_it_is_mapped_from(tmp_path):
     save(path, {"w": original, "norm": np.ones(3, np.float32)})
     f = UPGDecompressor.from_safetensors(path)
     save(path, {"w": f.get_layer("w", device=False), "norm": f.get_array("norm", device=False)})
-    np.testing.assert_array_equal(
-        UPGDecompressor.from_safetensors(path).decompress_layer("w"), original.to_dense()
-    )
+    assert_holds(UPGDecompressor.from_safetensors(path).get_layer("w"), original)
 
 
 def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
@@ -520,7 +508,7 @@ def test_shards_hold_the_model_and_stay_below_the_limit(tmp_path):
         tensors,
         metadata={"a": "b"},
         model={"n": 1},
-        max_shard_bytes=4_000_000,
+        max_shard_bytes=2_000_000,
     )
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
@@ -531,11 +519,13 @@ def test_shards_hold_the_model_and_stay_below_the_limit(tmp_path):
         assert sorted(f.names()) == sorted(tensors)
         assert (f.metadata, f.model) == ({"a": "b"}, {"n": 1})
     for name, tensor in tensors.items():
-        dense = tensor.to_dense() if isinstance(tensor, MdCSR) else tensor
-        np.testing.assert_array_equal(f.decompress_layer(name), dense)
+        if isinstance(tensor, MdCSR):
+            assert_holds(f.get_layer(name), tensor)
+        else:
+            np.testing.assert_array_equal(f.get_array(name), tensor)
     for file in files:
         data = sum(t.nbytes for n, t in header_of(file).tensors.items() if not n.startswith("__padding__"))
-        assert data <= 4_000_000
+        assert data <= 2_000_000
         with safe_open(file, framework="np") as stock:
             assert set(stock.keys()) == set(header_of(file).tensors)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
