@@ -18,6 +18,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from upg_jax import FormatError
 from upg_jax.io import convert_v1
@@ -350,6 +351,26 @@ def test_deep_nesting_is_read_without_recursion(tmp_path):
     while value:
         value, depth = value[0], depth + 1
     assert depth == 199_999
+
+
+@pytest.mark.parametrize("kind", ["dict", "scipy_int8", "scipy_float"])
+def test_a_matrix_that_claims_two_thousand_million_rows_allocates_nothing(tmp_path, kind):
+    planes = {"shape": (2**31 - 1, 3), "values": np.ones(1, np.int8), "indices": np.zeros(1, np.int32)}
+    tensor: object = {**planes, "indptr": np.array([0, 1]), "scales": 1.0}
+    if kind != "dict":
+        tensor = scipy.sparse.csr_matrix(np.ones((1, 1), np.int8 if kind == "scipy_int8" else np.float32))
+        tensor._shape = planes["shape"]
+    path = tmp_path / "evil.upg"
+    path.write_bytes(pickle.dumps({"tensors": {"w": tensor}}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            FormatError, match=r"tensor 'w': there must be one more row pointer than the 2,147"
+        ):
+            convert_v1(path, tmp_path / "out.safetensors")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 # -- other files

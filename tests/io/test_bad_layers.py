@@ -285,6 +285,15 @@ def test_every_way_to_a_layer_checks_it(write):
             read("w")
 
 
+def test_a_small_file_that_claims_a_huge_matrix_is_not_decoded(write, monkeypatch):
+    f = UPGDecompressor.from_safetensors(write(with_facts(shape=[3, 2**31 - 1])))
+    f.verify()
+    assert f.get_layer("w").shape == (3, 2**31 - 1)
+    monkeypatch.setattr("upg_jax.io._reader.total_memory", lambda: 2**34)
+    with pytest.raises(FormatError, match=r"tensor 'w': its shape \(3, 2147483647\) must fit the memory"):
+        f.decompress_layer("w")
+
+
 # -- the rest of the format: in the deep check
 
 

@@ -308,7 +308,7 @@ def test_names_must_be_strings(tmp_path, name):
 
 
 def test_names_must_be_valid_unicode(tmp_path):
-    with pytest.raises(FormatError, match="valid Unicode"):
+    with pytest.raises(FormatError, match="name: text must not contain lone surrogates"):
         save(tmp_path / "model.safetensors", {"\ud800": np.ones(3, np.float32)})
 
 
@@ -329,6 +329,8 @@ def test_reserved_metadata_is_refused(tmp_path, key):
 def test_metadata_must_be_text(tmp_path):
     with pytest.raises(FormatError, match="strings to strings"):
         save(tmp_path / "model.safetensors", {}, metadata={"a": 1})
+    with pytest.raises(FormatError, match="metadata: text must not contain lone surrogates"):
+        save(tmp_path / "model.safetensors", {}, metadata={"a": "\ud800"})
     with pytest.raises(ValueError, match="JSON"):
         save(tmp_path / "model.safetensors", {}, model={"a": float("nan")})
     assert list(tmp_path.iterdir()) == []

@@ -160,7 +160,12 @@ def _not_a_header(path: str | os.PathLike[str], start: bytes, size: int, length:
     return f"{path}: header must begin with '{{'; got {show(start[8:16])}"
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Refuses text that has no UTF-8 form.
+
+    Raises:
+        FormatError: beginning with `where`.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -175,8 +180,8 @@ def _metadata(metadata: Any, path: str | os.PathLike[str]) -> dict[str, str]:
             raise FormatError(
                 f"{path}: {METADATA_KEY} must map strings to strings; {show(key)} is {show(value)}"
             )
-        _check_text(key, f"{path}: {METADATA_KEY}")
-        _check_text(value, f"{path}: {METADATA_KEY}")
+        check_text(key, f"{path}: {METADATA_KEY}")
+        check_text(value, f"{path}: {METADATA_KEY}")
     return metadata
 
 
@@ -186,7 +191,7 @@ def _is_count(value: object) -> bool:
 
 def _tensor(name: str, entry: Any, data_start: int, path: str | os.PathLike[str]) -> StoredTensor:
     where = f"{path}: tensor {show(name)}"
-    _check_text(name, where)
+    check_text(name, where)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: must have exactly dtype, shape and data_offsets; got {show(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

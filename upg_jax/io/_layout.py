@@ -22,7 +22,7 @@ from upg_jax._encode import MAX_ENTRIES
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import Manifold, MdCSR
 from upg_jax._validate import check_scales, validate
-from upg_jax.io._header import CODE_OF, METADATA_KEY
+from upg_jax.io._header import CODE_OF, METADATA_KEY, check_text
 from upg_jax.io._metadata import PADDING_PREFIX, MatrixFacts
 
 SMALL_ALIGNMENT = 64
@@ -136,10 +136,7 @@ def _check_names(items: Iterable[Item]) -> None:
         if item.facts is not None:
             names += [f"{item.name}.{plane}" for plane in item.facts.plane_shapes(0)]
         for name in names:
-            try:
-                name.encode("utf-8")
-            except UnicodeEncodeError:
-                raise FormatError(f"save: tensor {name!r}: names must be valid Unicode") from None
+            check_text(name, "save: a tensor's name")
             if name == METADATA_KEY or name.startswith(PADDING_PREFIX):
                 raise FormatError(
                     f"save: tensor {name!r}: the name is reserved by the file format; rename it"

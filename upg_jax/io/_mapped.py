@@ -50,6 +50,14 @@ class MappedFile:
         return self._bytes[tensor.start : stop].view(dtype).reshape(shape)
 
 
+def total_memory() -> int:
+    """Bytes of memory that this machine has; where that is unknown, what a 64-bit process can address."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 2**47
+
+
 def open_files(path: str | os.PathLike[str]) -> list[MappedFile]:
     """Opens a safetensors file, the shards that an index lists, or the one model in a directory.
 

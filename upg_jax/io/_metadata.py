@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from upg_jax._encode import MAX_ENTRIES
 from upg_jax._errors import FormatError
-from upg_jax._mdcsr import DTYPES, Manifold
-from upg_jax.io._header import show, strict_json
+from upg_jax._mdcsr import DTYPES, PLANES, Manifold
+from upg_jax.io._header import StoredTensor, show, strict_json
 
 FORMAT = "upg-mdcsr"
 VERSION = "2.0"
@@ -133,3 +134,30 @@ def _is_count(value: object) -> bool:
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def check_planes(stored: Mapping[str, StoredTensor], name: str, facts: MatrixFacts, path: object) -> None:
+    """Checks that a file has the planes that its metadata says, of the right dtypes and shapes.
+
+    Raises:
+        FormatError: naming the file, the tensor and the rule.
+    """
+    where = f"{path}: tensor {show(name)}"
+    values = stored.get(f"{name}.values")
+    length = values.shape[0] if values is not None and len(values.shape) == 1 else 0
+    expected = facts.plane_shapes(length)
+    for plane in PLANES:
+        tensor = stored.get(f"{name}.{plane}")
+        if plane not in expected:
+            if tensor is not None:
+                raise FormatError(f"{where}: the unit manifold has no {plane}; the file has them")
+            continue
+        if tensor is None:
+            raise FormatError(f"{where}: the metadata lists it but {plane} is missing")
+        if (tensor.dtype, tensor.shape) != expected[plane]:
+            dtype, shape = expected[plane]
+            raise FormatError(f"{where}: {plane} must be {dtype} {shape}; got {tensor.dtype} {tensor.shape}")
+    if facts.true_nnz > length:
+        raise FormatError(
+            f"{where}: true_nnz must be at most the planes' length {length:,}; got {facts.true_nnz:,}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -18,8 +19,8 @@ from upg_jax._mdcsr import PLANES, MdCSR, stack
 from upg_jax._validate import check_scales, validate
 from upg_jax.io._header import DTYPES, show
 from upg_jax.io._info import TensorInfo
-from upg_jax.io._mapped import MappedFile, open_files
-from upg_jax.io._metadata import PADDING_PREFIX, FileFacts, MatrixFacts, from_strings
+from upg_jax.io._mapped import MappedFile, open_files, total_memory
+from upg_jax.io._metadata import PADDING_PREFIX, FileFacts, MatrixFacts, check_planes, from_strings
 
 
 class UPGDecompressor:
@@ -31,8 +32,8 @@ class UPGDecompressor:
 
     Every array keeps the map it lies in alive, so `close`, which is also what leaving a `with` block does,
     only ends reading: layers stay valid, and the map goes when the last of them does. Replacing the file (as
-    `save` does) leaves open maps on the old content; truncating it in place, as no careful writer does, ends
-    the process.
+    `save` does) leaves open maps on the old content. Changing it in place while it is open, as no careful
+    writer does, goes unnoticed, and truncating it may end the process.
     """
 
     def __init__(self, files: Sequence[MappedFile]) -> None:
@@ -75,7 +76,7 @@ class UPGDecompressor:
                     )
                 del stored[name]
         for name, matrix in facts.matrices.items():
-            _check_planes(file, name, matrix)
+            check_planes(file.header.tensors, name, matrix, file.path)
             for plane in PLANES:
                 stored.pop(f"{name}.{plane}", None)
             self._check_new(file, name)
@@ -176,10 +177,24 @@ class UPGDecompressor:
         Args:
             name: name of a compressed or dense tensor.
             dtype: of the result; by default the original's.
+
+        Raises:
+            FormatError: as `get_layer` and `get_array`, and if the dense matrix could not fit the memory: a small
+                file may claim a matrix of any size.
         """
         if name in self._matrices:
+            self._check_dense_size(name)
             return self.get_layer(name).to_dense(dtype)
         return jnp.asarray(self.get_array(name), dtype)
+
+    def _check_dense_size(self, name: str) -> None:
+        file, facts = self._matrices[name]
+        nbytes = 4 * math.prod(facts.shape)
+        if nbytes > total_memory():
+            raise FormatError(
+                f"{file.path}: tensor {show(name)}: its shape {facts.shape} must fit the memory when it is decoded; "
+                f"that takes {nbytes:,} bytes; use the layer as it is, with sparse_dense"
+            )
 
     def verify(self, progress: Callable[[str], None] | None = None) -> None:
         """Checks every rule of the format on every tensor; reads the whole model once.
@@ -292,26 +307,3 @@ def _layer(planes: dict[str, np.ndarray], facts: MatrixFacts) -> MdCSR:
         index=facts.index,
         value_bits=facts.value_bits,
     )
-
-
-def _check_planes(file: MappedFile, name: str, facts: MatrixFacts) -> None:
-    stored = file.header.tensors
-    where = f"{file.path}: tensor {show(name)}"
-    values = stored.get(f"{name}.values")
-    length = values.shape[0] if values is not None and len(values.shape) == 1 else 0
-    expected = facts.plane_shapes(length)
-    for plane in PLANES:
-        tensor = stored.get(f"{name}.{plane}")
-        if plane not in expected:
-            if tensor is not None:
-                raise FormatError(f"{where}: the unit manifold has no {plane}; the file has them")
-            continue
-        if tensor is None:
-            raise FormatError(f"{where}: the metadata lists it but {plane} is missing")
-        if (tensor.dtype, tensor.shape) != expected[plane]:
-            dtype, shape = expected[plane]
-            raise FormatError(f"{where}: {plane} must be {dtype} {shape}; got {tensor.dtype} {tensor.shape}")
-    if facts.true_nnz > length:
-        raise FormatError(
-            f"{where}: true_nnz must be at most the planes' length {length:,}; got {facts.true_nnz:,}"
-        )

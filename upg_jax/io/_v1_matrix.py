@@ -64,11 +64,6 @@ class V1Matrix:
         for name, plane in (("columns", self.columns), ("prime_indices", self.primes)):
             if plane is not None and plane.shape[0] != length:
                 self.fail(f"there must be as many {name} as values; got {plane.shape[0]:,} and {length:,}")
-        rows = self.shape[0]
-        if self.pointers.shape[0] != rows + 1:
-            self.fail(
-                f"there must be one more row pointer than the {rows:,} rows; got {self.pointers.shape[0]:,}"
-            )
         first, last = self.pointers[0], self.pointers[-1]
         if first != 0 or last != length:
             self.fail(f"row pointers must go from 0 to the {length:,} values; got {first} to {last}")
@@ -86,7 +81,7 @@ class V1Matrix:
             FormatError: naming the tensor and the rule that is broken.
         """
         shape = _shape(entry.get("shape"), where)
-        pointer_key = _one_of(entry, "row_pointers", "indptr", where)
+        pointers = _pointers(entry, _one_of(entry, "row_pointers", "indptr", where), shape[0], where)
         column_key = _one_of(entry, "indices", "delta_indices", where)
         is_delta = column_key == "delta_indices"
         has_primes = entry.get("prime_indices") is not None
@@ -96,7 +91,7 @@ class V1Matrix:
             values=_array(entry, "values", "int8", where),
             columns=_array(entry, column_key, "uint8" if is_delta else "integers", where),
             is_delta=is_delta,
-            pointers=_array(entry, pointer_key, "integers", where).astype(np.int64),
+            pointers=pointers,
             scales=_scales(entry.get("scales"), shape[0], where),
             primes=_array(entry, "prime_indices", "integers", where) if has_primes else None,
             manifold="prime" if has_primes else "unit",
@@ -112,6 +107,7 @@ class V1Matrix:
         """
         state = matrix.state
         shape = _shape(state.get("_shape", state.get("shape")), where)
+        pointers = _pointers(state, "indptr", shape[0], where)
         values = _array(state, "data", "int8 or floats", where)
         is_float = values.dtype.kind == "f"
         return cls(
@@ -120,7 +116,7 @@ class V1Matrix:
             values=values,
             columns=_array(state, "indices", "integers", where),
             is_delta=False,
-            pointers=_array(state, "indptr", "integers", where).astype(np.int64),
+            pointers=pointers,
             scales=None if is_float else np.ones(shape[0], np.float32),
             primes=None,
             manifold=manifold if is_float else "unit",
@@ -262,6 +258,16 @@ def _array(entry: dict[Any, Any], key: str, kind: str, where: str) -> np.ndarray
     if array.ndim != 1 or not _KINDS[kind](array.dtype):
         raise FormatError(f"{where}: {key} must be a vector of {kind}; got {array.dtype} {array.shape}")
     return array
+
+
+def _pointers(entry: dict[Any, Any], key: str, rows: int, where: str) -> np.ndarray:
+    """Reads row pointers first of all planes: they prove that a matrix has the rows that it claims."""
+    pointers = _array(entry, key, "integers", where)
+    if pointers.shape[0] != rows + 1:
+        raise FormatError(
+            f"{where}: there must be one more row pointer than the {rows:,} rows; got {pointers.shape[0]:,}"
+        )
+    return pointers.astype(np.int64)
 
 
 def _scales(value: Any, rows: int, where: str) -> np.ndarray:

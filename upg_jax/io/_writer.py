@@ -15,7 +15,7 @@ import numpy as np
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import MdCSR
 from upg_jax.io._atomic import replacing
-from upg_jax.io._header import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
+from upg_jax.io._header import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, check_text
 from upg_jax.io._layout import Item, Placed, data_alignment, describe, place, stored_bytes
 from upg_jax.io._metadata import FORMAT, RESERVED, to_strings
 
@@ -84,6 +84,8 @@ def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
             raise FormatError(f"save: metadata must map strings to strings; got {key!r}: {value!r}")
         if key in RESERVED:
             raise FormatError(f"save: metadata key {key!r} is written by `save` itself; rename it")
+        for text in (key, value):
+            check_text(text, "save: metadata")
     return strings
 
 
