@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
+from upg_jax import _native
 from upg_jax._compat import TraceContext
 from upg_jax._errors import BackendError
 
-Backend: TypeAlias = Literal["auto", "reference"]
+Backend: TypeAlias = Literal["auto", "reference", "native"]
 
 ENVIRONMENT_VARIABLE = "UPG_JAX_BACKEND"
 
@@ -20,8 +21,11 @@ def _always() -> str | None:
 
 
 # name -> a function that returns why it cannot be used here, or None
-BACKENDS: dict[str, Callable[[], str | None]] = {"reference": _always}
-_PLANNED = ("native", "metal", "emulator", "cuda")
+BACKENDS: dict[str, Callable[[], str | None]] = {
+    "reference": _always,
+    "native": _native.unavailable_reason,
+}
+_PLANNED = ("metal", "emulator", "cuda")
 
 _requested = TraceContext("")
 
@@ -58,7 +62,12 @@ def choose_backend(platform: str) -> tuple[str, str]:
     if backend != "auto":
         origin = "use_backend" if _requested.value else f"the environment variable {ENVIRONMENT_VARIABLE}"
         return backend, f"forced by {origin}"
-    return "reference", f"no kernels for platform {platform!r} in this version: pure JAX runs everywhere"
+    if platform != "cpu":
+        return "reference", f"no kernels for platform {platform!r} in this version: pure JAX runs everywhere"
+    library = _native.load()
+    if library is None:
+        return "reference", f"{_native.unavailable_reason()}: pure JAX runs everywhere"
+    return "native", f"the compiled kernels are loaded; this processor runs {library.kernels}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,67 @@
+// Decoding to dense rows, the check of columns, and conversion to float32.
+#pragma once
+
+#include "entries.h"
+#include "half.h"
+
+namespace upg {
+namespace {
+
+template <class Isa, bool kPrime>
+inline void decode_row(const Layer& layer, Range e, float* out) {
+  for_entries<kPrime>(
+      layer, e.begin, e.end, 0,
+      [&](const size_t* c, const std::int8_t* q, const std::uint16_t* k) {
+        float levels[8];
+        Isa::store(levels, levels_of<Isa, kPrime>(q, k));
+        // Entries on one column add, in their order.
+        for (size_t j = 0; j < 8; ++j) out[c[j]] += levels[j];
+      },
+      [&](size_t column, std::int8_t q, const std::uint16_t* k) { out[column] += level_of<kPrime>(q, k); });
+}
+
+template <class Isa>
+void decode(const Layer& layer, float* out, Range rows) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
+    float* const dense = out + row * layer.columns;
+    __builtin_memset(dense, 0, layer.columns * sizeof(float));
+    if (layer.primes) {
+      decode_row<Isa, true>(layer, entries_of(layer, row), dense);
+    } else {
+      decode_row<Isa, false>(layer, entries_of(layer, row), dense);
+    }
+    const float scale = layer.scales[row];
+    const typename Isa::Eight scales = Isa::broadcast(scale);
+    size_t c = 0;
+    for (; c + 8 <= layer.columns; c += 8) Isa::store(dense + c, Isa::multiply(Isa::load(dense + c), scales));
+    for (; c < layer.columns; ++c) dense[c] *= scale;
+  }
+}
+
+template <class Isa>
+size_t first_row_outside(const Layer& layer) {
+  for (size_t row = 0; row < layer.rows; ++row) {
+    const Range e = entries_of(layer, row);
+    if (e.begin < e.end && Isa::sum_bytes(layer.deltas + e.begin, e.end - e.begin) >= layer.columns) return row;
+  }
+  return layer.rows;
+}
+
+template <class Isa>
+void to_float(const void* x, Element element, float* out, size_t count) {
+  if (element == Element::kFloat32) {
+    __builtin_memcpy(out, x, count * sizeof(float));
+    return;
+  }
+  const std::uint16_t* const in = static_cast<const std::uint16_t*>(x);
+  size_t i = 0;
+  if (element == Element::kFloat16) {
+    for (; i + 8 <= count; i += 8) Isa::store(out + i, Isa::from_half(in + i));
+    for (; i < count; ++i) out[i] = float_from_half(in[i]);
+    return;
+  }
+  for (; i < count; ++i) out[i] = float_from_bfloat16(in[i]);
+}
+
+}  // namespace
+}  // namespace upg

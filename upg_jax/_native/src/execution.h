@@ -1,0 +1,59 @@
+// Running a plan on whatever threads turn up.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "plan.h"
+
+namespace upg {
+
+// Threads that call `work` claim items until none is left. A thread waits only for items that another thread has
+// claimed and is running, never for a thread to start; so a pool whose threads are all busy delays nothing and cannot
+// deadlock, and one thread alone does everything. A thread that comes too late touches no buffer.
+class Execution {
+ public:
+  // `done` is called once, by the thread that finishes the last item.
+  Execution(std::unique_ptr<Plan> plan, std::function<void()> done)
+      : plan_(std::move(plan)), done_(std::move(done)), phases_(plan_->items().size()) {}
+
+  void work() {
+    for (size_t p = 0; p < phases_.size(); ++p) {
+      const size_t items = plan_->items()[p];
+      const bool last = p + 1 == phases_.size();
+      for (;;) {
+        const size_t item = phases_[p].claimed.fetch_add(1, std::memory_order_relaxed);
+        if (item >= items) break;
+        plan_->run(p, item);
+        if (phases_[p].finished.fetch_add(1, std::memory_order_acq_rel) + 1 == items && last) done_();
+      }
+      if (last) return;
+      while (phases_[p].finished.load(std::memory_order_acquire) < items) std::this_thread::yield();
+    }
+  }
+
+ private:
+  struct alignas(64) Phase {
+    std::atomic<size_t> claimed{0};
+    std::atomic<size_t> finished{0};
+  };
+
+  std::unique_ptr<Plan> plan_;
+  std::function<void()> done_;
+  std::vector<Phase> phases_;
+};
+
+// How many threads are worth waking besides the calling one.
+inline size_t helpers_for(const Plan& plan, size_t threads) {
+  constexpr double kWakeUp = 15e3;  // nanoseconds
+  size_t items = 0;
+  for (const size_t n : plan.items()) items = items < n ? n : items;
+  const size_t affordable = static_cast<size_t>(plan.cost() / kWakeUp);
+  const size_t most = items < affordable ? items : affordable;
+  const size_t all = most < threads ? most : threads;
+  return all > 1 ? all - 1 : 0;
+}
+
+}  // namespace upg

@@ -1,0 +1,216 @@
+#include "ffi_handlers.h"
+
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <string>
+
+#include "execution.h"
+#include "plan.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace upg {
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Future available() {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetAvailable();
+  return future;
+}
+
+ffi::Future failed(const std::string& message) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(ffi::Error::InvalidArgument("upg_jax: " + message));
+  return future;
+}
+
+// The calling thread works too, but waits for no other: the future tells XLA when the last item is done.
+ffi::Future execute(std::unique_ptr<Plan> plan, ffi::ThreadPool& pool) {
+  const size_t helpers = helpers_for(*plan, static_cast<size_t>(pool.num_threads()));
+  if (helpers == 0) {
+    Execution(std::move(plan), [] {}).work();
+    return available();
+  }
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  const auto execution = std::make_shared<Execution>(std::move(plan), [promise]() mutable { promise.SetAvailable(); });
+  for (size_t i = 0; i < helpers; ++i) pool.Schedule([execution] { execution->work(); });
+  execution->work();
+  return future;
+}
+
+size_t product_of(ffi::AnyBuffer::Dimensions dims, size_t begin, size_t end) {
+  size_t product = 1;
+  for (size_t i = begin; i < end; ++i) product *= static_cast<size_t>(dims[i]);
+  return product;
+}
+
+bool has_shape(const ffi::AnyBuffer& buffer, ffi::DataType type, std::initializer_list<size_t> shape) {
+  const auto dims = buffer.dimensions();
+  if (buffer.element_type() != type || dims.size() != shape.size()) return false;
+  size_t i = 0;
+  for (const size_t n : shape) {
+    if (static_cast<size_t>(dims[i++]) != n) return false;
+  }
+  return true;
+}
+
+// Reads the planes of a stack; returns what is wrong with them, or nothing.
+std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_pointers, const ffi::AnyBuffer& values,
+                       const ffi::AnyBuffer& deltas, ffi::RemainingArgs rest, size_t columns, Stack& stack) {
+  if (scales.dimensions().size() != 2 || values.dimensions().size() != 2) return "planes must have a stack axis";
+  const size_t layers = static_cast<size_t>(scales.dimensions()[0]);
+  const size_t rows = static_cast<size_t>(scales.dimensions()[1]);
+  const size_t capacity = static_cast<size_t>(values.dimensions()[1]);
+  if (!has_shape(scales, ffi::F32, {layers, rows})) return "scales must be float32 (layers, rows)";
+  if (!has_shape(row_pointers, ffi::U32, {layers, rows + 1})) return "row_pointers must be uint32 (layers, rows + 1)";
+  if (!has_shape(values, ffi::S8, {layers, capacity})) return "values must be int8 (layers, capacity)";
+  if (!has_shape(deltas, ffi::U8, {layers, capacity})) return "delta_indices must be uint8 (layers, capacity)";
+  const std::uint16_t* primes = nullptr;
+  if (rest.size() > 1) return "too many operands";
+  if (rest.size() == 1) {
+    const auto plane = rest.get<ffi::AnyBuffer>(0);
+    if (!plane.has_value() || !has_shape(*plane, ffi::U16, {layers, capacity})) {
+      return "prime_indices must be uint16 (layers, capacity)";
+    }
+    primes = plane->typed_data<std::uint16_t>();
+  }
+  if (columns >= size_t{1} << 31 || capacity >= size_t{1} << 31) return "shapes must stay below 2**31";
+  stack.first = {values.typed_data<std::int8_t>(),
+                 deltas.typed_data<std::uint8_t>(),
+                 primes,
+                 scales.typed_data<float>(),
+                 row_pointers.typed_data<std::uint32_t>(),
+                 rows,
+                 columns,
+                 capacity};
+  stack.layers = layers;
+  return {};
+}
+
+bool element_of(ffi::DataType type, Element& element) {
+  switch (type) {
+    case ffi::F32:
+      element = Element::kFloat32;
+      return true;
+    case ffi::BF16:
+      element = Element::kBFloat16;
+      return true;
+    case ffi::F16:
+      element = Element::kFloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+using MakePlan = std::unique_ptr<Plan> (*)(const Stack&, const Vectors&, float* y, float* scratch);
+using ScratchFloats = size_t (*)(const Stack&, size_t vectors);
+
+// Both products: x (*group, *batch, features), index (*group), y (*group, *batch, features of the other side).
+ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, ffi::AnyBuffer x, ffi::AnyBuffer scales,
+                     ffi::AnyBuffer index, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
+                     ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
+  const auto x_dims = x.dimensions();
+  const auto y_dims = y->dimensions();
+  const size_t rank = x_dims.size();
+  const size_t group_rank = index.dimensions().size();
+  if (rank <= group_rank || y_dims.size() != rank) return failed("x and y must be (*group, *batch, features)");
+  const size_t x_features = static_cast<size_t>(x_dims[rank - 1]);
+  const size_t y_features = static_cast<size_t>(y_dims[rank - 1]);
+  Stack stack{};
+  const std::string problem = read_stack(scales, row_pointers, values, deltas, rest,
+                                         transposed ? y_features : x_features, stack);
+  if (!problem.empty()) return failed(problem);
+  if (stack.first.rows != (transposed ? x_features : y_features)) return failed("features must be those of the layer");
+  Vectors vectors{x.untyped_data(), Element::kFloat32, product_of(x_dims, group_rank, rank - 1)};
+  if (!element_of(x.element_type(), vectors.element)) return failed("x must be float32, bfloat16 or float16");
+  stack.groups = product_of(index.dimensions(), 0, group_rank);
+  if (index.element_type() != ffi::S32 || product_of(x_dims, 0, group_rank) != stack.groups) {
+    return failed("index must be int32 of x's leading shape");
+  }
+  stack.index = index.typed_data<std::int32_t>();
+  if (y->element_type() != ffi::F32 || y->element_count() != stack.groups * vectors.count * y_features) {
+    return failed("y must be float32 of x's leading shape");
+  }
+  if (y->element_count() == 0) return available();
+  float* const out = y->typed_data<float>();
+  if (stack.layers == 0) {
+    std::memset(out, 0, y->size_bytes());
+    return available();
+  }
+  const size_t needed = transposed ? transposed_scratch(stack, vectors.count) : product_scratch(stack, vectors.count);
+  if (scratch->element_type() != ffi::F32 || scratch->element_count() < needed) return failed("scratch is too small");
+  float* const work = scratch->typed_data<float>();
+  return execute(transposed ? transposed_plan(stack, vectors, out, work) : product_plan(stack, vectors, out, work), pool);
+}
+
+ffi::Future sparse_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scales, ffi::AnyBuffer index,
+                         ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
+                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
+  return multiply(pool, false, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
+}
+
+ffi::Future dense_sparse(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer scales, ffi::AnyBuffer index,
+                         ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
+                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
+  return multiply(pool, true, g, scales, index, row_pointers, values, deltas, rest, y, scratch);
+}
+
+ffi::Future decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
+                   ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out) {
+  const auto dims = out->dimensions();
+  if (dims.size() != 3) return failed("the dense result must be (layers, rows, columns)");
+  Stack stack{};
+  const std::string problem =
+      read_stack(scales, row_pointers, values, deltas, rest, static_cast<size_t>(dims[2]), stack);
+  if (!problem.empty()) return failed(problem);
+  if (!has_shape(*out, ffi::F32, {stack.layers, stack.first.rows, stack.first.columns})) {
+    return failed("the dense result must be float32 (layers, rows, columns)");
+  }
+  if (out->element_count() == 0) return available();
+  return execute(decode_plan(stack, out->typed_data<float>()), pool);
+}
+
+}  // namespace
+}  // namespace upg
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_sparse_dense, upg::sparse_dense,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_dense_sparse, upg::dense_sparse,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode, upg::decode,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>());

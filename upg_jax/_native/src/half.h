@@ -1,0 +1,28 @@
+// float16 and bfloat16 to float32, one number at a time.
+#pragma once
+
+#include <cstdint>
+
+namespace upg {
+
+static inline float float_from_bits(std::uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static inline float float_from_bfloat16(std::uint16_t h) { return float_from_bits(std::uint32_t{h} << 16); }
+
+static inline float float_from_half(std::uint16_t h) {
+  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16;
+  const std::uint32_t exponent = (h >> 10) & 0x1fu;
+  const std::uint32_t mantissa = h & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2**-24
+    const float magnitude = static_cast<float>(mantissa) * float_from_bits(0x33800000u);
+    return sign ? -magnitude : magnitude;
+  }
+  if (exponent == 31) return float_from_bits(sign | 0x7f800000u | (mantissa << 13));
+  return float_from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+}  // namespace upg

@@ -1,0 +1,52 @@
+// The table of kernels that every instruction set provides. Plain C++; nothing here knows of XLA or of threads.
+#pragma once
+
+#include "layer.h"
+
+namespace upg {
+
+// Buffers that a kernel works in, one set per thread.
+struct Workspace {
+  static constexpr size_t kEntries = 32768;
+  static constexpr size_t kRows = 32;
+  static constexpr size_t kBlocks = 256;
+
+  // Every row's entries start at a multiple of 8 and are followed by 8 to 15 entries of slack.
+  static constexpr size_t kPaddedEntries = kEntries + 16 * kRows;
+  alignas(64) std::uint32_t columns[kPaddedEntries];
+  alignas(64) float levels[kPaddedEntries];
+  alignas(64) float accumulators[kRows * 64];  // a tile's rows, or one row's slabs
+  std::uint32_t starts[kRows + 1];
+  std::uint32_t cuts[kRows * (kBlocks + 1)];
+};
+
+constexpr size_t kSlabsAtOnce = Workspace::kRows;
+
+struct Kernels {
+  const char* name;
+
+  // y[r] = W[r] . x for `rows`. `x` has kVectorSlack floats behind it and is aligned to kAlignment.
+  void (*product_with_vector)(const Layer&, const float* x, float* y, Range rows);
+  // y[v * rows + r] for `rows` and the vectors of `slabs` (at most kSlabsAtOnce), from packed `x` (slabs.h).
+  void (*product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
+  // y += g[rows] @ W[rows] for one vector.
+  void (*add_transposed_with_vector)(const Layer&, const float* g, float* y, Range rows);
+  // The same for a slab of packed `g` into a packed slab of `y`, both `width` wide.
+  void (*add_transposed)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
+  // The dense `rows` of `out`: float32(level) * scale.
+  void (*decode)(const Layer&, float* out, Range rows);
+  // The first row of [0, rows) whose last column is not below `columns`, or rows.
+  size_t (*first_row_outside)(const Layer&);
+  void (*to_float)(const void* x, Element, float* out, size_t count);
+};
+
+extern const Kernels kPortableKernels;
+#ifdef UPG_HAVE_X86_KERNELS
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+#ifdef UPG_HAVE_NEON_KERNELS
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace upg

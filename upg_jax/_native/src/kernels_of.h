@@ -1,0 +1,27 @@
+// The table of kernels of one instruction set.
+#pragma once
+
+#include "dense.h"
+#include "product.h"
+#include "transposed.h"
+#include "vector_product.h"
+
+namespace upg {
+namespace {
+
+template <class Isa>
+constexpr Kernels kernels_of() {
+  return {
+      Isa::kName,
+      product_with_vector<Isa>,
+      product<Isa>,
+      add_transposed_with_vector<Isa>,
+      add_transposed<Isa>,
+      decode<Isa>,
+      first_row_outside<Isa>,
+      to_float<Isa>,
+  };
+}
+
+}  // namespace
+}  // namespace upg

@@ -1,0 +1,8 @@
+#include "kernels_of.h"
+#include "simd_portable.h"
+
+namespace upg {
+
+const Kernels kPortableKernels = kernels_of<Portable>();
+
+}  // namespace upg

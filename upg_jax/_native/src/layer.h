@@ -1,0 +1,44 @@
+// What the kernels work on: a view of one compressed matrix (docs/format.md, section 1).
+//
+// Everything here has internal linkage. The kernels are compiled once per instruction set, and an inline function
+// that the linker merged across those files could bring AVX-512 code to a machine without it. For the same reason
+// the kernel headers use no templates of the standard library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace upg {
+
+using std::size_t;
+
+struct Layer {
+  const std::int8_t* values;
+  const std::uint8_t* deltas;
+  const std::uint16_t* primes;  // null on the unit manifold
+  const float* scales;
+  const std::uint32_t* row_pointers;
+  size_t rows;
+  size_t columns;
+  size_t capacity;  // length of the planes
+};
+
+enum class Element { kFloat32, kBFloat16, kFloat16 };
+
+struct Range {
+  size_t begin;
+  size_t end;
+};
+
+static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
+static inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The entries of a row, inside the planes whatever the row pointers say.
+static inline Range entries_of(const Layer& layer, size_t row) {
+  const size_t begin = smaller(layer.row_pointers[row], layer.capacity);
+  const size_t end = smaller(layer.row_pointers[row + 1], layer.capacity);
+  return {begin, larger(begin, end)};
+}
+
+}  // namespace upg

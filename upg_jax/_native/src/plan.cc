@@ -1,0 +1,230 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "packing.h"
+#include "row_split.h"
+
+namespace upg {
+namespace {
+
+// Entries that make an item worth handing to a thread: some microseconds' work.
+constexpr size_t kItemEntries = 16384;
+constexpr size_t kItemFloats = 32768;
+
+Workspace& workspace() {
+  thread_local const std::unique_ptr<Workspace> w(new Workspace);
+  return *w;
+}
+
+float* aligned(float* p) {
+  const auto address = reinterpret_cast<std::uintptr_t>(p);
+  return p + (kAlignment - address % kAlignment) % kAlignment / sizeof(float);
+}
+
+// Consecutive pieces of [0, total), `pieces()` of them.
+class Chunks {
+ public:
+  Chunks(size_t total, size_t size) : total_(total), size_(std::max<size_t>(round_up(size, kUnit), kUnit)) {}
+  size_t pieces() const { return std::max<size_t>((total_ + size_ - 1) / size_, 1); }
+  Range piece(size_t i) const { return {std::min(total_, i * size_), std::min(total_, (i + 1) * size_)}; }
+
+ private:
+  size_t total_;
+  size_t size_;
+};
+
+double entry_cost(size_t vectors) {
+  if (vectors <= kSingleVectors) return 0.3 * static_cast<double>(vectors);
+  return 0.3 + 0.6 * static_cast<double>(round_up(vectors, kUnit) / kUnit);
+}
+
+class ProductPlan : public Plan {
+ public:
+  ProductPlan(const Stack& stack, const Vectors& x, float* y, float* scratch)
+      : stack_(stack),
+        x_(x),
+        y_(y),
+        packed_(aligned(scratch)),
+        packed_floats_(packed_floats(x.count, stack.first.columns)),
+        chunks_(stack.first.columns, kItemFloats / x.count),
+        split_(stack.first, RowSplit::work(stack.first) / kItemEntries + 1),
+        turns_((slab_count(x.count) + kSlabsAtOnce - 1) / kSlabsAtOnce) {
+    items_ = {stack.groups * chunks_.pieces(), stack.groups * split_.pieces() * turns_};
+    cost_ = static_cast<double>(stack.groups) * (static_cast<double>(RowSplit::work(stack.first)) * entry_cost(x.count) +
+                                                 0.5 * static_cast<double>(packed_floats_));
+  }
+
+  void run(size_t phase, size_t item) const override {
+    if (phase == 0) {
+      const size_t group = item / chunks_.pieces();
+      pack(x_, group, stack_.first.columns, chunks_.piece(item % chunks_.pieces()), packed(group));
+      return;
+    }
+    const size_t turn = item % turns_;
+    const size_t piece = item / turns_ % split_.pieces();
+    const size_t group = item / turns_ / split_.pieces();
+    const Layer layer = stack_.of_group(group);
+    const Range rows = split_.rows(layer, piece);
+    float* const y = y_ + group * x_.count * layer.rows;
+    if (x_.count <= kSingleVectors) {
+      for (size_t v = 0; v < x_.count; ++v) {
+        kernels().product_with_vector(layer, packed(group) + v * vector_stride(layer.columns), y + v * layer.rows, rows);
+      }
+      return;
+    }
+    const Range slabs = {turn * kSlabsAtOnce, std::min(slab_count(x_.count), (turn + 1) * kSlabsAtOnce)};
+    kernels().product(layer, packed(group), x_.count, y, slabs, rows, workspace());
+  }
+
+ private:
+  float* packed(size_t group) const { return packed_ + group * packed_floats_; }
+
+  Stack stack_;
+  Vectors x_;
+  float* y_;
+  float* packed_;
+  size_t packed_floats_;
+  Chunks chunks_;
+  RowSplit split_;
+  size_t turns_;
+};
+
+// Rows scatter over all columns, so each part of the rows sums into its own copy of the result; the copies are added in
+// the end. How many parts there are depends on shapes only, hence so do the sums.
+size_t transposed_parts(const Layer& layer, size_t vectors) {
+  constexpr size_t kParts = 8;
+  constexpr size_t kEntriesPerColumn = 32;  // below, adding up copies costs more than it gains
+  const size_t independent = vectors <= kSingleVectors ? vectors : slab_count(vectors);
+  const size_t worthwhile = RowSplit::work(layer) / (kEntriesPerColumn * layer.columns + 1);
+  return std::max<size_t>(std::min(kParts / std::max<size_t>(independent, 1), worthwhile), 1);
+}
+
+class TransposedPlan : public Plan {
+ public:
+  TransposedPlan(const Stack& stack, const Vectors& g, float* y, float* scratch)
+      : stack_(stack),
+        g_(g),
+        y_(y),
+        packed_(aligned(scratch)),
+        packed_floats_(packed_floats(g.count, stack.first.rows)),
+        sums_(packed_ + stack.groups * packed_floats_),
+        sums_floats_(packed_floats(g.count, stack.first.columns)),
+        parts_(transposed_parts(stack.first, g.count)),
+        slabs_(g.count <= kSingleVectors ? g.count : slab_count(g.count)),
+        split_(stack.first, parts_),
+        rows_(stack.first.rows, kItemFloats / g.count),
+        columns_(stack.first.columns, kItemFloats / g.count) {
+    items_ = {stack.groups * rows_.pieces(), stack.groups * parts_ * slabs_, stack.groups * columns_.pieces()};
+    cost_ = static_cast<double>(stack.groups) *
+            (2 * static_cast<double>(RowSplit::work(stack.first)) * entry_cost(g.count) +
+             0.5 * static_cast<double>(packed_floats_ + parts_ * sums_floats_));
+  }
+
+  void run(size_t phase, size_t item) const override {
+    if (phase == 0) {
+      const size_t group = item / rows_.pieces();
+      pack(g_, group, stack_.first.rows, rows_.piece(item % rows_.pieces()), packed(group));
+    } else if (phase == 1) {
+      accumulate(item / slabs_ / parts_, item / slabs_ % parts_, item % slabs_);
+    } else {
+      const size_t group = item / columns_.pieces();
+      unpack_sum(sums(group, 0), parts_, sums_floats_, g_.count, stack_.first.columns,
+                 columns_.piece(item % columns_.pieces()), y_ + group * g_.count * stack_.first.columns);
+    }
+  }
+
+ private:
+  float* packed(size_t group) const { return packed_ + group * packed_floats_; }
+  float* sums(size_t group, size_t part) const { return sums_ + (group * parts_ + part) * sums_floats_; }
+
+  void accumulate(size_t group, size_t part, size_t slab_index) const {
+    const Layer layer = stack_.of_group(group);
+    const Range rows = split_.rows(layer, part);
+    if (g_.count <= kSingleVectors) {
+      float* const y = sums(group, part) + slab_index * vector_stride(layer.columns);
+      std::fill_n(y, layer.columns, 0.0f);
+      kernels().add_transposed_with_vector(layer, packed(group) + slab_index * vector_stride(layer.rows), y, rows);
+      return;
+    }
+    const Slab in = slab_at(slab_index, g_.count, layer.rows);
+    const Slab out = slab_at(slab_index, g_.count, layer.columns);
+    float* const y = sums(group, part) + out.offset;
+    std::fill_n(y, out.width * layer.columns, 0.0f);
+    kernels().add_transposed(layer, packed(group) + in.offset, y, out.width, rows, workspace());
+  }
+
+  Stack stack_;
+  Vectors g_;
+  float* y_;
+  float* packed_;
+  size_t packed_floats_;
+  float* sums_;
+  size_t sums_floats_;
+  size_t parts_;
+  size_t slabs_;
+  RowSplit split_;
+  Chunks rows_;
+  Chunks columns_;
+};
+
+class DecodePlan : public Plan {
+ public:
+  DecodePlan(const Stack& stack, float* out)
+      : stack_(stack), out_(out), rows_(stack.first.rows, kItemFloats / (stack.first.columns + 1)) {
+    items_ = {stack.layers * rows_.pieces()};
+    cost_ = static_cast<double>(stack.layers) * (0.4 * static_cast<double>(stack.first.capacity) +
+                                                 0.3 * static_cast<double>(stack.first.rows * stack.first.columns));
+  }
+
+  void run(size_t, size_t item) const override {
+    const size_t index = item / rows_.pieces();
+    const Layer layer = stack_.layer(index);
+    kernels().decode(layer, out_ + index * layer.rows * layer.columns, rows_.piece(item % rows_.pieces()));
+  }
+
+ private:
+  Stack stack_;
+  float* out_;
+  Chunks rows_;
+};
+
+}  // namespace
+
+Layer Stack::layer(size_t i) const {
+  Layer layer = first;
+  layer.values += i * layer.capacity;
+  layer.deltas += i * layer.capacity;
+  if (layer.primes) layer.primes += i * layer.capacity;
+  layer.scales += i * layer.rows;
+  layer.row_pointers += i * (layer.rows + 1);
+  return layer;
+}
+
+Layer Stack::of_group(size_t group) const {
+  const std::int64_t last = static_cast<std::int64_t>(layers) - 1;
+  return layer(static_cast<size_t>(std::clamp<std::int64_t>(index[group], 0, last)));
+}
+
+size_t product_scratch(const Stack& stack, size_t vectors) {
+  return stack.groups * packed_floats(vectors, stack.first.columns) + kAlignment;
+}
+
+size_t transposed_scratch(const Stack& stack, size_t vectors) {
+  const size_t parts = transposed_parts(stack.first, vectors);
+  return stack.groups * (packed_floats(vectors, stack.first.rows) + parts * packed_floats(vectors, stack.first.columns)) +
+         kAlignment;
+}
+
+std::unique_ptr<Plan> product_plan(const Stack& stack, const Vectors& x, float* y, float* scratch) {
+  return std::make_unique<ProductPlan>(stack, x, y, scratch);
+}
+
+std::unique_ptr<Plan> transposed_plan(const Stack& stack, const Vectors& g, float* y, float* scratch) {
+  return std::make_unique<TransposedPlan>(stack, g, y, scratch);
+}
+
+std::unique_ptr<Plan> decode_plan(const Stack& stack, float* out) { return std::make_unique<DecodePlan>(stack, out); }
+
+}  // namespace upg

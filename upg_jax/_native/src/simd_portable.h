@@ -1,0 +1,96 @@
+// The vector operations of the kernels in portable C++, and the list of what an instruction set must provide.
+//
+// `Eight` is eight floats: the kernels that follow the deltas take entries eight at a time. `Wide` is the widest
+// register: the kernels that meet a slab of vectors hold `kUnits * kUnit` floats in registers.
+#pragma once
+
+#include "half.h"
+#include "primes.h"
+#include "slabs.h"
+
+namespace upg {
+namespace {
+
+struct Portable {
+  static constexpr const char* kName = "portable";
+
+  struct Eight {
+    float lane[8];
+  };
+
+  static Eight zero() { return {}; }
+  static Eight load(const float* p) {
+    Eight v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  static void store(float* p, Eight v) {
+    for (int i = 0; i < 8; ++i) p[i] = v.lane[i];
+  }
+  static Eight multiply(Eight a, Eight b) {
+    for (int i = 0; i < 8; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  // a * b + c
+  static Eight multiply_add(Eight a, Eight b, Eight c) {
+    for (int i = 0; i < 8; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  static Eight add(Eight a, Eight b) {
+    for (int i = 0; i < 8; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Eight broadcast(float x) {
+    Eight v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = x;
+    return v;
+  }
+  static float sum(Eight v) {
+    return ((v.lane[0] + v.lane[4]) + (v.lane[1] + v.lane[5])) + ((v.lane[2] + v.lane[6]) + (v.lane[3] + v.lane[7]));
+  }
+  // Eight stored values as floats.
+  static Eight from_int8(const std::int8_t* q) {
+    Eight v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = static_cast<float>(q[i]);
+    return v;
+  }
+  // The primes of eight indices as floats; any index is safe.
+  static Eight primes(const std::uint16_t* k) {
+    Eight v;
+    for (int i = 0; i < 8; ++i) {
+      const std::int32_t high = k[i] >= kFirstPrimeAbove16Bits ? 65536 : 0;
+      v.lane[i] = static_cast<float>(high + kPrimeLowHalves[k[i]]);
+    }
+    return v;
+  }
+  static Eight gather(const float* x, const size_t* c) {
+    Eight v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = x[c[i]];
+    return v;
+  }
+  static Eight from_half(const std::uint16_t* h) {
+    Eight v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = float_from_half(h[i]);
+    return v;
+  }
+  // The sum of `count` bytes.
+  static size_t sum_bytes(const std::uint8_t* p, size_t count) {
+    size_t total = 0;
+    for (size_t i = 0; i < count; ++i) total += p[i];
+    return total;
+  }
+
+  using Wide = Eight;
+  static constexpr size_t kLanes = 8;
+  static constexpr size_t kUnits = 2;
+  static Wide wide_zero() { return zero(); }
+  static Wide wide_load(const float* p) { return load(p); }
+  static void wide_store(float* p, Wide v) { store(p, v); }
+  static Wide wide_broadcast(float x) { return broadcast(x); }
+  static Wide wide_add(Wide a, Wide b) { return add(a, b); }
+  static Wide wide_multiply(Wide a, Wide b) { return multiply(a, b); }
+  static Wide wide_multiply_add(Wide a, Wide b, Wide c) { return multiply_add(a, b, c); }
+};
+
+}  // namespace
+}  // namespace upg

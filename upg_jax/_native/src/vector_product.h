@@ -1,0 +1,78 @@
+// W @ x for one vector: gather the vector's elements by column.
+#pragma once
+
+#include "entries.h"
+#include "kernels.h"
+#include "slabs.h"
+
+namespace upg {
+namespace {
+
+// The unscaled product of entries [begin, end) of a row, the first of which counts from `column`.
+template <class Isa, bool kPrime>
+inline float gathered_product(const Layer& layer, size_t begin, size_t end, size_t column, const float* x) {
+  using Eight = typename Isa::Eight;
+  Eight sums[2] = {Isa::zero(), Isa::zero()};
+  float rest = 0;
+  // Two groups a turn, so that consecutive sums do not wait for one another.
+  size_t c[16];
+  size_t i = begin;
+  for (; i + 16 <= end; i += 16) {
+    columns_of(layer.deltas + i, column, c);
+    columns_of(layer.deltas + i + 8, c[7], c + 8);
+    if (UPG_UNLIKELY(c[15] >= layer.columns)) break;
+    for (size_t half = 0; half < 2; ++half) {
+      const size_t at = i + 8 * half;
+      const Eight levels = levels_of<Isa, kPrime>(layer.values + at, primes_at<kPrime>(layer, at));
+      sums[half] = Isa::multiply_add(levels, Isa::gather(x, c + 8 * half), sums[half]);
+    }
+    column = c[15];
+  }
+  for_entries<kPrime>(
+      layer, i, end, column,
+      [&](const size_t* columns, const std::int8_t* q, const std::uint16_t* k) {
+        sums[0] = Isa::multiply_add(levels_of<Isa, kPrime>(q, k), Isa::gather(x, columns), sums[0]);
+      },
+      [&](size_t at, std::int8_t q, const std::uint16_t* k) { rest += level_of<kPrime>(q, k) * x[at]; });
+  return Isa::sum(Isa::add(sums[0], sums[1])) + rest;
+}
+
+template <class Isa>
+void product_with_vector(const Layer& layer, const float* x, float* y, Range rows) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
+    const Range e = entries_of(layer, row);
+    const float sum = layer.primes ? gathered_product<Isa, true>(layer, e.begin, e.end, 0, x)
+                                   : gathered_product<Isa, false>(layer, e.begin, e.end, 0, x);
+    y[row] = sum * layer.scales[row];
+  }
+}
+
+// y += (g[row] * scale) * levels, a row at a time.
+template <class Isa, bool kPrime>
+inline void scatter_row(const Layer& layer, Range e, float g, float* y) {
+  const typename Isa::Eight factor = Isa::broadcast(g);
+  for_entries<kPrime>(
+      layer, e.begin, e.end, 0,
+      [&](const size_t* c, const std::int8_t* q, const std::uint16_t* k) {
+        float terms[8];
+        Isa::store(terms, Isa::multiply(factor, levels_of<Isa, kPrime>(q, k)));
+        for (size_t j = 0; j < 8; ++j) y[c[j]] += terms[j];
+      },
+      [&](size_t column, std::int8_t q, const std::uint16_t* k) { y[column] += g * level_of<kPrime>(q, k); });
+}
+
+template <class Isa>
+void add_transposed_with_vector(const Layer& layer, const float* g, float* y, Range rows) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
+    const Range e = entries_of(layer, row);
+    const float scaled = g[row] * layer.scales[row];
+    if (layer.primes) {
+      scatter_row<Isa, true>(layer, e, scaled, y);
+    } else {
+      scatter_row<Isa, false>(layer, e, scaled, y);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace upg
