@@ -130,7 +130,9 @@ def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where
             continue
         starts = pointers[first:last].astype(np.int64) - begin
         occupied = np.flatnonzero(pointers[first + 1 : last + 1] > pointers[first:last])
-        last_column = np.add.reduceat(deltas[begin:end], starts[occupied], dtype=np.int64)
+        # Twice as fast in 32 bits, which hold the sum of any chunk but one of a single enormous row.
+        width = np.uint32 if (end - begin) * 255 < 2**32 else np.int64
+        last_column = np.add.reduceat(deltas[begin:end], starts[occupied], dtype=width)
         outside = np.flatnonzero(last_column >= layer.in_features)
         if outside.size:
             row = first + int(occupied[outside[0]])
