@@ -71,18 +71,18 @@ def perplexity(
     ids = model.encode(text)
     if len(ids) < 2:
         raise ValueError(f"perplexity: the text must have at least two tokens; got {len(ids)}")
-    starts = [
-        start for start in range(0, len(ids), stride) if start == 0 or start + window - stride < len(ids)
-    ]
+    # A window is needed for the tokens beyond those of the window before, and for the first if it predicts any.
+    overlap = max(window - stride, 1)
+    starts = [start for start in range(0, len(ids), stride) if start + (overlap if start else 1) < len(ids)]
     total, count = 0.0, 0
     for done, start in enumerate(starts, 1):
         part = np.asarray(ids[start : start + window], np.int32)
         padded = np.zeros((1, window), np.int32)
         padded[0, : part.size] = part
         # What the window before has seen is only context, and a window's first token has none.
-        first = 1 if start == 0 else max(window - stride, 1)
+        first = overlap if start else 1
         total += float(_window_nll(model.params, model.config, padded, np.int32(first), np.int32(part.size)))
-        count += max(part.size - first, 0)
+        count += part.size - first
         if progress is not None:
             progress(done, len(starts))
     return Perplexity(nll=total / count, tokens=count, windows=len(starts), window=window, stride=stride)

@@ -105,7 +105,9 @@ class TextStream:
     """Turns token ids into text as they come.
 
     A character's bytes may be spread over tokens, so text is held back while it ends in an incomplete one.
-    Together the pieces are exactly what `Tokenizer.decode` makes of all ids.
+    Together the pieces are what `Tokenizer.decode` makes of all ids. (Tokenizers that spell bytes as tokens judge a
+    run of them as a whole: where the end of a run is no UTF-8, `decode` discards its beginning, too, which may have
+    been shown.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
