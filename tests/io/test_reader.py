@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import threading
@@ -14,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.crafted import Crafted, join
-from helpers.files import assert_holds
+from helpers.files import assert_holds, layer
 from oracle import mdcsr as oracle
 from safetensors.numpy import save_file
 
@@ -23,12 +22,6 @@ from upg_jax import FormatError, MdCSR, UPGDecompressor, save
 from upg_jax.io import TensorInfo
 
 PLANES = ("values", "delta_indices", "prime_indices")
-
-
-@functools.cache
-def layer(shape=(67, 33), density=0.5, manifold="unit", seed=0, **options) -> MdCSR:
-    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return MdCSR.from_dense(w, density=density, manifold=manifold, **options)
 
 
 @pytest.fixture(params=["unit", "prime"])
