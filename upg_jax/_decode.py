@@ -9,22 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from upg_jax._mdcsr import MdCSR
-from upg_jax._sparse_dense import _reference
-from upg_jax._sparse_dense._primitive import Layout, operands
+from upg_jax._sparse_dense._backend import requested_backend
+from upg_jax._sparse_dense._decode import decode_p
+from upg_jax._sparse_dense._primitive import bind, operands
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def _decode(scales: jax.Array, planes: tuple[jax.Array, ...], *, layout: Layout, dtype: Any) -> jax.Array:
-    levels = jax.lax.map(
-        lambda layer: _reference.decode_levels(*layer, layout=layout), jax.lax.optimization_barrier(planes)
-    )
-    # Scaled outside the walk, so that the gradient of a decoded matrix reaches the scales.
-    return (jax.lax.stop_gradient(levels) * scales[..., None]).astype(dtype)
+@functools.partial(jax.jit, static_argnames=("dtype", "backend"))
+def _decode(layer: MdCSR, *, dtype: Any, backend: str) -> jax.Array:
+    layout, scales, planes = operands(layer)
+    dense = bind(decode_p, scales, *planes, layout=layout, backend=backend).astype(dtype)
+    return dense if layer.stack_size is not None else dense[0]
 
 
 def to_dense(layer: MdCSR, dtype: Any | None = None) -> jax.Array:
     """See `MdCSR.to_dense`."""
-    layout, scales, planes = operands(layer)
     dtype = jnp.dtype(layer.dtype if dtype is None else dtype)
-    dense = _decode(scales, tuple(planes), layout=layout, dtype=dtype)
-    return dense if layer.stack_size is not None else dense[0]
+    return _decode(layer, dtype=dtype, backend=requested_backend())

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from upg_jax import _native
 from upg_jax._encode import LARGEST_SCALE, MAX_ENTRIES, SMALLEST_SCALE
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import DTYPES, MdCSR
@@ -124,6 +125,12 @@ def row_chunks(pointers: np.ndarray) -> list[tuple[int, int]]:
 
 def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where: str) -> None:
     """Deltas are non-negative, so a row stays inside the matrix when its last column does."""
+    if (library := _native.load()) is not None:
+        row = library.first_row_outside(deltas, pointers, layer.in_features)
+        if row is not None:
+            last = deltas[pointers[row] : pointers[row + 1]].sum(dtype=np.int64)
+            _fail_column(layer, row, last, where)
+        return
     for first, last in row_chunks(pointers):
         begin, end = int(pointers[first]), int(pointers[last])
         if begin == end:
@@ -136,11 +143,14 @@ def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where
         outside = np.flatnonzero(last_column >= layer.in_features)
         if outside.size:
             row = first + int(occupied[outside[0]])
-            _fail(
-                where,
-                f"row {row}: columns must stay below in_features {layer.in_features}; the row's deltas reach "
-                f"column {last_column[outside[0]]}",
-            )
+            _fail_column(layer, row, last_column[outside[0]], where)
+
+
+def _fail_column(layer: MdCSR, row: int, column: int, where: str) -> None:
+    _fail(
+        where,
+        f"row {row}: columns must stay below in_features {layer.in_features}; the row's deltas reach column {column}",
+    )
 
 
 def check_scales(scales: np.ndarray, where: str) -> None:

@@ -57,7 +57,7 @@ class Library:
     @property
     def handlers(self) -> dict[str, int]:
         """Addresses of the XLA handlers by target name."""
-        found = {}
+        found: dict[str, int] = {}
         while name := self._c.upg_handler_name(len(found)):
             found[name.decode()] = self._c.upg_handler(len(found))
         return found

@@ -1,7 +1,7 @@
 """The lowering on platform "cpu": XLA custom calls of the compiled kernels.
 
-The call takes the primitives' operands as they are, so that stacks and group indices are read in place, and one more
-result: scratch memory, which XLA plans and reuses like any other buffer. XLA is asked for row-major operands.
+The calls take the primitives' operands as they are, so that stacks and group indices are read in place. XLA is asked
+for row-major operands and results.
 """
 
 from __future__ import annotations
@@ -16,41 +16,57 @@ import jax.numpy as jnp
 from upg_jax import _native
 from upg_jax._compat import Primitive, mlir
 from upg_jax._errors import BackendError
-from upg_jax._sparse_dense._primitive import Layout, dense_sparse_p, sparse_dense_p
+from upg_jax._sparse_dense._primitive import Layout
 
-_TARGETS = {sparse_dense_p: _native.SPARSE_DENSE, dense_sparse_p: _native.DENSE_SPARSE}
 _ELEMENTS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def register(primitive: Primitive, reference: Callable[..., Any]) -> None:
-    """Registers the native lowering where the library is loaded; `reference` is the rule to fall back to."""
+def register(
+    primitive: Primitive,
+    target: str,
+    reference: Callable[..., Any],
+    scratch_floats: Callable[[_native.Library, Any, Layout], int] | None = None,
+) -> None:
+    """Registers a custom call as the lowering on CPU where the library is loaded.
+
+    Args:
+        primitive: any of the primitives over a layer's planes.
+        target: name of the call.
+        reference: the lowering rule for when the reference is forced or the call does not fit.
+        scratch_floats: from the operands' avals, how long a float32 buffer the call works in. It is one more
+            result, so that XLA plans and reuses it like any other buffer.
+    """
     library = _native.load()
     if library is None:
         return
-    target = _TARGETS[primitive]
 
     def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
-        x, _, index, _, values, *_ = ctx.avals_in
-        (y,) = ctx.avals_out
-        if backend == "reference":
+        reason = _unfit(ctx.avals_in)
+        if reason and backend == "native":
+            raise BackendError(f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'")
+        if reason or backend == "reference":
             return reference(ctx, *operands, layout=layout, backend=backend)
-        if reason := _unfit(ctx.avals_in):
-            if backend == "native":
-                raise BackendError(f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'")
-            return reference(ctx, *operands, layout=layout, backend=backend)
-        rows, columns = layout.shape
-        scratch = library.scratch_floats(
-            transposed=primitive is dense_sparse_p,
-            groups=math.prod(index.shape),
-            vectors=math.prod(x.shape[len(index.shape) : -1]),
-            rows=rows,
-            columns=columns,
-            capacity=values.shape[-1],
-        )
-        ctx = ctx.replace(avals_out=[y, y.update(shape=(scratch,), dtype=jnp.dtype("float32"))])
-        return jax.ffi.ffi_lowering(target)(ctx, *operands)[:1]
+        results = list(ctx.avals_out)
+        if scratch_floats is not None:
+            scratch = jax.core.ShapedArray((scratch_floats(library, ctx.avals_in, layout),), jnp.float32)
+            results.append(scratch)
+        return jax.ffi.ffi_lowering(target)(ctx.replace(avals_out=results), *operands)[:1]
 
     mlir.register_lowering(primitive, lower, platform="cpu")
+
+
+def product_scratch(library: _native.Library, avals: Any, layout: Layout, *, transposed: bool) -> int:
+    """Scratch memory of the two products, whose operands are `(x, scales, index, *planes)`."""
+    x, _, index, _, values, *_ = avals
+    rows, columns = layout.shape
+    return library.scratch_floats(
+        transposed=transposed,
+        groups=math.prod(index.shape),
+        vectors=math.prod(x.shape[len(index.shape) : -1]),
+        rows=rows,
+        columns=columns,
+        capacity=values.shape[-1],
+    )
 
 
 def _unfit(avals: Any) -> str | None:

@@ -78,10 +78,12 @@ def _compiled(primitive: Primitive, layout: Layout, backend: str) -> Callable[..
     return jax.jit(functools.partial(primitive.bind, layout=layout, backend=backend))
 
 
-def _evaluate(primitive: Primitive, *args: Any, layout: Layout, backend: str) -> jax.Array:
-    return _compiled(primitive, layout, backend)(*args)
+def evaluate(primitive: Primitive, *args: Any, layout: Layout, backend: str) -> jax.Array:
+    """Runs a primitive outside jit by compiling it alone."""
+    with jax.disable_jit(False):
+        return _compiled(primitive, layout, backend)(*args)
 
 
 PRIMITIVES: Sequence[Primitive] = (sparse_dense_p, dense_sparse_p)
 for _primitive in PRIMITIVES:
-    _primitive.def_impl(functools.partial(_evaluate, _primitive))
+    _primitive.def_impl(functools.partial(evaluate, _primitive))

@@ -39,6 +39,14 @@ def dense_sparse(
     return _by_group(_transposed_product, g, scales, index, planes, layout)
 
 
+def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
+    """Every layer of a stack -> float32 `(S, out, in)`."""
+    # A layer that is a constant of the program must not be folded away at compile time, for minutes.
+    scales, *planes_ = lax.optimization_barrier((scales, *planes))
+    levels = lax.map(lambda layer: decode_levels(*layer, layout=layout), tuple(planes_))
+    return levels * scales[..., None]
+
+
 def decode_levels(*planes: jax.Array, layout: Layout) -> jax.Array:
     """Planes of one layer -> float32 `(out, in)` of `q`, or `q * P[k]`; exact, and not yet scaled."""
     rows = jnp.arange(layout.shape[0])
