@@ -37,7 +37,7 @@ class Row:
         file_bytes: size of the file that the model was loaded from.
         bits_per_weight: of the linear layers in that file, all overheads included.
         perplexity: on the demo's text.
-        tokens_per_second: greedy decoding at batch 1, after warm-up, the prompt's prefill included.
+        tokens_per_second: greedy decoding at batch 1, after warm-up and the first token.
         answer: to the demo's prompt.
         ids: the answer's token ids.
         seconds: what compressing, saving, loading and measuring took.
@@ -125,20 +125,29 @@ def _row(name: str, model: UPGModel, file_bytes: int, bits_per_weight: float, st
     assert model.tokenizer is not None
     prompt = model.tokenizer.encode_chat([{"role": "user", "content": PROMPT}])
     model.generate(prompt, max_new_tokens=2)  # compiles prefill and decode step
-    begin = time.perf_counter()
-    answer = model.generate(prompt, max_new_tokens=_NEW_TOKENS)
-    elapsed = time.perf_counter() - begin
+    answer, tokens_per_second = _answer(model, prompt)
     ids = model.tokenizer.encode(demo_text())[: _WINDOW * _WINDOWS]
     return Row(
         name=name,
         file_bytes=file_bytes,
         bits_per_weight=bits_per_weight,
         perplexity=perplexity(model, ids, window=_WINDOW).perplexity,
-        tokens_per_second=len(answer.ids) / elapsed,
-        answer=answer.text or "",
-        ids=list(answer.ids),
+        tokens_per_second=tokens_per_second,
+        answer=model.tokenizer.decode(answer),
+        ids=answer,
         seconds=time.monotonic() - start,
     )
+
+
+def _answer(model: UPGModel, prompt: list[int]) -> tuple[list[int], float]:
+    """The greedy answer, and the rate of decoding; that goes on past the answer's end, to always time as much."""
+    ids, times = [], []
+    for token in model.stream(prompt, max_new_tokens=_NEW_TOKENS, stop_at_eos=False):
+        if token.id is not None:
+            ids.append(token.id)
+            times.append(time.perf_counter())
+    end = next((i for i, token in enumerate(ids) if token in model.eos_token_ids), len(ids))
+    return ids[:end], (len(times) - 1) / (times[-1] - times[0])
 
 
 def _print_table(rows: list[Row], seconds: float) -> None:
@@ -146,10 +155,9 @@ def _print_table(rows: list[Row], seconds: float) -> None:
 
     from upg_jax.cli._output import human_bytes, stdout
 
-    table = Table("model", title=f"SmolLM2-135M-Instruct; prompt: {PROMPT}", show_lines=True)
+    table = Table("model", title="SmolLM2-135M-Instruct", title_justify="left")
     for header in ("file", "bits per weight", "perplexity", "tokens/s"):
         table.add_column(header, justify="right")
-    table.add_column(f"answer (greedy, at most {_NEW_TOKENS} tokens)", overflow="fold", ratio=1)
     for row in rows:
         table.add_row(
             row.name,
@@ -157,14 +165,20 @@ def _print_table(rows: list[Row], seconds: float) -> None:
             f"{row.bits_per_weight:.2f}",
             f"{row.perplexity:.2f}",
             f"{row.tokens_per_second:.1f}",
-            row.answer.strip(),
         )
     stdout.print(table)
+    answers = Table(
+        show_header=False, box=None, title=f'"{PROMPT}" (at most {_NEW_TOKENS} tokens)', title_justify="left"
+    )
+    for row in rows:
+        answers.add_row(row.name, " ".join(row.answer.split()))
+    stdout.print(answers)
+    stdout.print()
     stdout.print(
         f"Perplexity over {_WINDOWS} windows of {_WINDOW} tokens of the Jargon File (public domain). Bits per weight "
         "count the linear layers, all overheads included; the original's file is 4-bit (Q4_1), its weights are "
         f"float32 in memory. {seconds:.0f} s in all.",
-        soft_wrap=True,
+        highlight=False,
     )
     dense = rows[0]
     for row in rows[1:]:
