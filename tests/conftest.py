@@ -13,7 +13,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from helpers.backends import BACKEND_PARAMS
+from helpers.backends import EVERY_BACKEND, QUICKEST_BACKEND
 
 from upg_jax import use_backend
 
@@ -27,9 +27,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("upg_jax")
 
 
-@pytest.fixture(params=BACKEND_PARAMS)
+@pytest.fixture(params=EVERY_BACKEND)
 def backend(request):
     """Runs a test on every usable implementation of `sparse_dense`; skips the others with a reason."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=QUICKEST_BACKEND)
+def one_backend(request):
+    """Runs a test on the usable implementation that compiles fastest; on the others under `-m slow`."""
     with use_backend(request.param):
         yield request.param
 

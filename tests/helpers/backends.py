@@ -7,9 +7,19 @@ import pytest
 from upg_jax._sparse_dense import BACKENDS, unavailable_reason
 
 
-def _param(name: str):
-    reason = unavailable_reason(name)
-    return pytest.param(name, marks=[pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason else [])
+def _params(is_slow) -> list:
+    params = []
+    for name in BACKENDS:
+        if reason := unavailable_reason(name):
+            marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")]
+        else:
+            marks = [pytest.mark.slow] if is_slow(name) else []
+        params.append(pytest.param(name, marks=marks))
+    return params
 
 
-BACKEND_PARAMS = [_param(name) for name in BACKENDS]
+_QUICKEST = "reference" if unavailable_reason("native") else "native"
+
+EVERY_BACKEND = _params(lambda name: False)
+# The rules of the transforms are the same on all of them: the one that compiles fastest shows most mistakes.
+QUICKEST_BACKEND = _params(lambda name: name != _QUICKEST)

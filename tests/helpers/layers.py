@@ -7,12 +7,13 @@ import functools
 import itertools
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import mdcsr as oracle
 
-from upg_jax import MdCSR
+from upg_jax import MdCSR, stack
 
 GAPS = (0, 1, 254, 255, 256, 257, 509, 510, 511, 765, 766, 70_000)
 
@@ -98,7 +99,7 @@ class Case:
 
     def _vectors(self, shape: tuple[int, ...], salt: int) -> jnp.ndarray:
         rng = np.random.default_rng((self.seed, salt, *shape))
-        return jnp.asarray(rng.standard_normal(shape).astype(np.float32)).astype(self.dtype)
+        return jnp.asarray(rng.standard_normal(shape).astype(np.float32).astype(jnp.dtype(self.dtype)))
 
 
 @functools.cache
@@ -111,6 +112,12 @@ def _layer(case: Case) -> MdCSR:
 def _levels(case: Case) -> np.ndarray:
     scaleless = dataclasses.replace(case.layer, scales=np.ones(case.shape[0], np.float32))
     return oracle.decode_layer(scaleless).astype(np.float64)
+
+
+@functools.cache
+def stacked(*cases: Case) -> MdCSR:
+    """The cases' layers as one stack; stacked on the host, which compiles nothing."""
+    return jax.tree.map(jnp.asarray, stack([jax.tree.map(np.asarray, case.layer) for case in cases]))
 
 
 _SHAPES = [
@@ -141,3 +148,4 @@ def _cases() -> list:
 # dtype x manifold x structure and shape x alignment: a few in every run, all of them under -m slow.
 CASES = _cases()
 each_case = pytest.mark.parametrize("case", CASES)
+each_float32_case = pytest.mark.parametrize("case", [p for p in CASES if p.values[0].dtype == "float32"])

@@ -102,7 +102,7 @@ def test_other_biases_are_refused(dtype):
         )
 
 
-def test_values_do_not_depend_on_x64(backend):
+def test_values_do_not_depend_on_x64(one_backend):
     x = CASE.x(3)
 
     def both(x, layers, i):

@@ -28,7 +28,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ["product", "gradient", "decode"])
 def test_round_trip_with_the_layer_as_argument(name):
     f = jax.jit(FUNCTIONS[name])
     with use_backend("reference"):

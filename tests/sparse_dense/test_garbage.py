@@ -59,13 +59,12 @@ def test_structurally_sound_garbage_means_what_the_format_says(manifold, seed, b
     assert_within_bound(vjp(g)[0], lambda g, p, n, s: (g * s) @ (p + n), g, *operands, terms=ENTRIES + 4)
 
 
-@pytest.mark.parametrize("manifold", ["unit", "prime"])
 @given(seed=st.integers(0, 2**32 - 1))
 @some_seeds
-def test_columns_outside_the_matrix_leave_the_other_rows_alone(manifold, seed):
+def test_columns_outside_the_matrix_leave_the_other_rows_alone(seed):
     """The structural check refuses them; the reference is safe all the same, so that it may run first."""
     rng = np.random.default_rng(seed)
-    layer = garbage(rng, manifold, columns=700, max_delta=255)
+    layer = garbage(rng, "prime", columns=700, max_delta=255)
     inside = np.array(
         [
             layer.delta_indices[begin:end].sum(dtype=np.int64) < 700

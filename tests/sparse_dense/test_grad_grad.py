@@ -32,7 +32,7 @@ def energy(layer):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @each_mode
-def test_hessian_of_x(case, hessian, backend):
+def test_hessian_of_x(case, hessian, one_backend):
     x, scales = case.x(), case.layer.scales
     actual = jax.jit(hessian(energy(case.layer)))(x, scales)
     terms = 2 * case.terms
@@ -42,7 +42,7 @@ def test_hessian_of_x(case, hessian, backend):
 
 
 @each_mode
-def test_hessian_of_scales(hessian, backend):
+def test_hessian_of_scales(hessian, one_backend):
     case = CASES[0]
     x, scales = case.x(3), case.layer.scales
     actual = jax.jit(hessian(energy(case.layer), 1))(x, scales)
@@ -53,7 +53,7 @@ def test_hessian_of_scales(hessian, backend):
     assert_within_bound(actual, formula, x, case.levels, terms=2 * case.terms)
 
 
-def test_mixed_derivative_of_x_and_scales(backend):
+def test_mixed_derivative_of_x_and_scales(one_backend):
     case = CASES[0]
     x, scales = case.x(), case.layer.scales
     mixed = jax.jit(jax.jacfwd(jax.grad(energy(case.layer)), 1))(x, scales)
@@ -66,7 +66,7 @@ def test_mixed_derivative_of_x_and_scales(backend):
     assert_within_bound(swapped.T, formula, x, case.levels, scales, terms=2 * case.terms)
 
 
-def test_hessian_vector_product_equals_differences_of_gradients(backend):
+def test_hessian_vector_product_equals_differences_of_gradients(one_backend):
     """The gradient is linear in x, so central differences with step 1 are exact but for rounding."""
     case = Case("random", (33, 67), "prime")
     x, v, scales = case.x(), case.x(salt=1), case.layer.scales
@@ -79,7 +79,7 @@ def test_hessian_vector_product_equals_differences_of_gradients(backend):
 
 
 @pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
-def test_jacobians(jacobian, backend):
+def test_jacobians(jacobian, one_backend):
     case = CASES[0]
     x, scales = case.x(2), case.layer.scales
 
@@ -98,7 +98,7 @@ def test_jacobians(jacobian, backend):
     assert_within_bound(by_scales, formula_scales, x, case.levels, terms=case.terms)
 
 
-def test_third_order_is_the_derivative_of_a_constant(backend):
+def test_third_order_is_the_derivative_of_a_constant(one_backend):
     case = CASES[1]
     third = jax.jit(jax.jacfwd(jax.hessian(energy(case.layer))))(case.x(), case.layer.scales)
     np.testing.assert_array_equal(third, np.zeros((7, 7, 7), np.float32))

@@ -16,7 +16,7 @@ from upg_jax import MdCSR, sparse_dense
 SMALL = Case("random", (13, 13), "prime")
 
 
-def test_argument_closure_and_partial_give_the_same_bits(backend):
+def test_argument_closure_and_partial_give_the_same_bits(one_backend):
     x, layer = SMALL.x(3), SMALL.layer
     eager = sparse_dense(x, layer)
     np.testing.assert_array_equal(jax.jit(sparse_dense)(x, layer), eager)
@@ -24,7 +24,7 @@ def test_argument_closure_and_partial_give_the_same_bits(backend):
     np.testing.assert_array_equal(jax.jit(jax.jit(sparse_dense))(x, layer), eager)
 
 
-def test_numpy_planes_as_arguments_and_closed_over(backend):
+def test_numpy_planes_as_arguments_and_closed_over(one_backend):
     x, layer = SMALL.x(3), SMALL.layer
     on_host = jax.tree.map(np.asarray, layer)
     expected = sparse_dense(x, layer)
@@ -32,14 +32,14 @@ def test_numpy_planes_as_arguments_and_closed_over(backend):
     np.testing.assert_array_equal(jax.jit(lambda x: sparse_dense(x, on_host))(x), expected)
 
 
-def test_compiled_ahead_of_time(backend):
+def test_compiled_ahead_of_time(one_backend):
     compiled = jax.jit(sparse_dense).lower(SMALL.x(3), SMALL.layer).compile()
     operands = (SMALL.x(3), SMALL.levels, SMALL.scales)
     y = compiled(SMALL.x(3), SMALL.layer)
     assert_within_bound(y, lambda x, w, s: x @ w.T * s, *operands, terms=SMALL.terms)
 
 
-def test_a_donated_input_gives_its_buffer_to_the_result(backend):
+def test_a_donated_input_gives_its_buffer_to_the_result(one_backend):
     x = SMALL.x(3)
     expected = sparse_dense(x, SMALL.layer)
     y = jax.jit(sparse_dense, donate_argnums=0)(x, SMALL.layer)
@@ -47,7 +47,7 @@ def test_a_donated_input_gives_its_buffer_to_the_result(backend):
     assert x.is_deleted()
 
 
-def test_a_loop_on_the_device_with_a_traced_trip_count(backend):
+def test_a_loop_on_the_device_with_a_traced_trip_count(one_backend):
     @jax.jit
     def power(x, n):
         return jax.lax.while_loop(
@@ -60,7 +60,7 @@ def test_a_loop_on_the_device_with_a_traced_trip_count(backend):
     assert_within_bound(y, lambda x, w: x @ w.T @ w.T @ w.T, x, w, terms=3 * SMALL.terms)
 
 
-def test_both_branches_of_a_conditional(backend):
+def test_both_branches_of_a_conditional(one_backend):
     other = Case("full_row", (13, 13), "prime")
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_both_branches_of_a_conditional(backend):
     np.testing.assert_array_equal(either(False, x), sparse_dense(x, other.layer))
 
 
-def test_random_inputs_made_inside_the_program(backend):
+def test_random_inputs_made_inside_the_program(one_backend):
     @jax.jit
     def sample(key):
         x = jax.random.normal(key, (3, 13))

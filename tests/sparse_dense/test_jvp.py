@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 from helpers.bounds import EPS, assert_within_bound, exact
-from helpers.layers import Case, each_case
+from helpers.layers import Case, each_case, each_float32_case
 
 from upg_jax import sparse_dense
 
@@ -21,7 +21,7 @@ def positive(case: Case, salt: int) -> np.ndarray:
 
 
 @each_case
-def test_jvp_of_x_scales_and_bias(case, backend):
+def test_jvp_of_x_scales_and_bias(case, one_backend):
     x, x_dot = case.x(5), case.x(5, salt=1)
     scales, scales_dot = case.layer.scales, positive(case, 1) * case.scales
     bias, bias_dot = case.cotangent(), case.cotangent(salt=1)
@@ -46,10 +46,9 @@ def test_jvp_of_x_scales_and_bias(case, backend):
     )
 
 
-@each_case
-def test_jvp_equals_central_differences(case, backend):
+@each_float32_case
+def test_jvp_equals_central_differences(case, one_backend):
     """The product is bilinear, so central differences with step 1 are exact but for rounding."""
-    case = dataclasses.replace(case, dtype="float32")
     x, scales = case.x(5), case.layer.scales
     x_dot, scales_dot = case.x(5, salt=1), positive(case, 1) * case.scales
     _, y_dot = jax.jvp(lambda x, s: apply(case.layer, x, s), (x, scales), (x_dot, scales_dot))

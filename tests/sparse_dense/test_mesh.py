@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
-from helpers.layers import Case
+from helpers.layers import Case, stacked
 from helpers.versions import needs
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from upg_jax import combine, partition, sparse_dense, stack
+from upg_jax import combine, partition, sparse_dense
 
 CASE = Case("random", (7, 13), "prime")
 X, CT = CASE.x(8, 2), CASE.cotangent(8, 2)
@@ -48,21 +48,21 @@ def check_gradients(f, x, ct):
     return y, x_bar
 
 
-@pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("spec", [("data",), (), (None, None, None)], ids=str)
-def test_auto_mesh_with_sharded_vectors(spec, jit, backend):
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("spec", [("data",), ()], ids=str)
+def test_auto_mesh_with_sharded_vectors(spec, jit, one_backend):
     f = jax.jit(sparse_dense) if jit else sparse_dense
     check_gradients(f, put(X, "Auto", *spec), put(CT, "Auto", *spec))
 
 
-def test_auto_mesh_with_sharded_features(backend):
+def test_auto_mesh_with_sharded_features(one_backend):
     x = put(jnp.pad(X, ((0, 0), (0, 0), (0, 3))), "Auto", None, None, "data")
     y = jax.jit(lambda x: sparse_dense(x[..., :13], CASE.layer))(x)
     assert_within_bound(y, formula, X, CASE.weight, terms=CASE.terms)
 
 
-def test_auto_mesh_with_a_replicated_layer_and_an_index(backend):
-    layers = jax.tree.map(lambda leaf: put(leaf, "Auto"), stack([CASE.layer] * 2))
+def test_auto_mesh_with_a_replicated_layer_and_an_index(one_backend):
+    layers = jax.tree.map(lambda leaf: put(leaf, "Auto"), stacked(CASE, CASE))
     y = jax.jit(lambda x, layers: sparse_dense(x, layers, index=1))(put(X, "Auto", "data"), layers)
     assert_within_bound(y, formula, X, CASE.weight, terms=CASE.terms)
 
@@ -71,10 +71,10 @@ explicit = needs("sharding.AxisType")
 
 
 @explicit
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("spec", [("data",), (None,)], ids=str)
 @pytest.mark.parametrize("inside", [False, True], ids=["no context", "set_mesh"])
-def test_explicit_mesh_keeps_the_sharding_of_the_leading_axes(spec, jit, inside, backend):
+def test_explicit_mesh_keeps_the_sharding_of_the_leading_axes(spec, jit, inside, one_backend):
     f = jax.jit(sparse_dense) if jit else sparse_dense
     x, ct = put(X, "Explicit", *spec), put(CT, "Explicit", *spec)
     if inside:
@@ -87,8 +87,8 @@ def test_explicit_mesh_keeps_the_sharding_of_the_leading_axes(spec, jit, inside,
 
 
 @explicit
-def test_explicit_mesh_with_bias_and_index(backend):
-    layers, bias = stack([CASE.layer] * 2), CASE.cotangent()
+def test_explicit_mesh_with_bias_and_index(one_backend):
+    layers, bias = stacked(CASE, CASE), CASE.cotangent()
     x = put(X, "Explicit", "data")
     with jax.set_mesh(mesh("Explicit")):
         y = jax.jit(lambda x, i: sparse_dense(x, layers, bias, index=i))(x, 1)
@@ -97,7 +97,7 @@ def test_explicit_mesh_with_bias_and_index(backend):
 
 @explicit
 @pytest.mark.parametrize("axis", [0, 1])
-def test_explicit_mesh_under_vmap(axis, backend):
+def test_explicit_mesh_under_vmap(axis, one_backend):
     x = put(X, "Explicit", "data")
     with jax.set_mesh(mesh("Explicit")):
         y = jax.jit(jax.vmap(lambda x: sparse_dense(x, CASE.layer), axis, axis))(x)
@@ -105,9 +105,9 @@ def test_explicit_mesh_under_vmap(axis, backend):
 
 
 @explicit
-def test_explicit_mesh_under_scan(backend):
+def test_explicit_mesh_under_scan(one_backend):
     case = Case("random", (13, 13), "prime")
-    layers = stack([case.layer] * 2)
+    layers = stacked(case, case)
     x = put(case.x(8), "Explicit", "data")
     with jax.set_mesh(mesh("Explicit")):
         y = jax.jit(lambda x, layers: jax.lax.scan(lambda x, w: (sparse_dense(x, w), None), x, layers)[0])(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
-from helpers.layers import Case
+from helpers.layers import Case, stacked
 
-from upg_jax import combine, partition, sparse_dense, stack
+from upg_jax import combine, partition, sparse_dense
 
 CASES = [Case(k, (13, 13), "prime", "float32", 4, s) for s, k in enumerate(("random", "full", "full_row"))]
 TERMS = sum(case.terms for case in CASES)
@@ -19,7 +19,7 @@ TERMS = sum(case.terms for case in CASES)
 
 @functools.cache
 def layers():
-    return stack([case.layer for case in CASES])
+    return stacked(*CASES)
 
 
 def sliced(x, layers):
@@ -44,14 +44,14 @@ def chain(x, *weights):
 
 
 @pytest.mark.parametrize("loop", [sliced, indexed, unrolled])
-def test_a_chain_of_layers(loop, backend):
+def test_a_chain_of_layers(loop, one_backend):
     x = CASES[0].x(2)
     y = jax.jit(loop)(x, layers())
     assert_within_bound(y, chain, x, *(case.weight for case in CASES), terms=TERMS)
 
 
 @pytest.mark.parametrize("loop", [sliced, indexed])
-def test_gradients_through_the_loop(loop, backend):
+def test_gradients_through_the_loop(loop, one_backend):
     x, ct = CASES[0].x(2), CASES[0].cotangent(2)
     params, rest = partition(layers())
 
@@ -76,7 +76,7 @@ def test_gradients_through_the_loop(loop, backend):
     assert_within_bound(params_bar.scales, by_scales, *operands, terms=2 * TERMS)
 
 
-def test_scan_collects_the_outputs_of_each_layer(backend):
+def test_scan_collects_the_outputs_of_each_layer(one_backend):
     x = CASES[0].x(2)
 
     def body(carry, layer):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
-from helpers.layers import Case
+from helpers.layers import Case, stacked
 from helpers.versions import needs
 from jax.sharding import PartitionSpec as P
 
-from upg_jax import combine, partition, sparse_dense, stack
+from upg_jax import combine, partition, sparse_dense
 
 pytestmark = needs("shard_map")
 
@@ -31,7 +31,7 @@ def mesh():
 
 
 def split(cases):
-    return partition(stack([case.layer for case in cases]))
+    return partition(stacked(*cases))
 
 
 def column_parallel(x, params, rest):
@@ -56,9 +56,12 @@ def sharded(body, x_spec, layer_spec, out_spec):
 def check(f, x, ct, cases, axis, backend_terms, jit=True):
     """Value and both gradients against the whole matrix."""
     params, rest = split(cases)
-    wrap = jax.jit if jit else lambda f: f
-    y, vjp = jax.vjp(wrap(lambda x, p: f(x, p, rest)), x, params)
-    x_bar, params_bar = vjp(ct)
+
+    def value_and_pullback(x, params, ct):
+        y, vjp = jax.vjp(lambda x, p: f(x, p, rest), x, params)
+        return y, *vjp(ct)
+
+    y, x_bar, params_bar = (jax.jit(value_and_pullback) if jit else value_and_pullback)(x, params, ct)
     levels = np.concatenate([c.levels for c in cases], axis)
     w = np.concatenate([c.weight for c in cases], axis)
     assert_within_bound(y, lambda x, w: x @ w.T, x, w, terms=backend_terms)
@@ -73,29 +76,32 @@ def check(f, x, ct, cases, axis, backend_terms, jit=True):
     assert_within_bound(params_bar.scales, by_scales, ct, x, levels, terms=backend_terms)
 
 
+each_mode = pytest.mark.parametrize(
+    "jit", [pytest.param(True, id="jit"), pytest.param(False, id="eager", marks=pytest.mark.slow)]
+)
 TERMS = sum(case.terms for case in ROW_BLOCKS)
 
 
 @pytest.mark.parametrize("cases", [ROW_BLOCKS, ZERO_BLOCKS], ids=["mixed", "zero"])
-@pytest.mark.parametrize("jit", [True, False])
+@each_mode
 def test_column_parallel(cases, jit, backend):
     x, ct = Case("random", (20, 13)).x(6), Case("random", (20, 13)).cotangent(6)
     check(sharded(column_parallel, P(), P("model"), P(None, "model")), x, ct, cases, 0, TERMS, jit)
 
 
-@pytest.mark.parametrize("jit", [True, False])
+@each_mode
 def test_row_parallel(jit, backend):
     x, ct = Case("random", (7, 44)).x(6), Case("random", (7, 44)).cotangent(6)
     f = sharded(row_parallel, P(None, "model"), P("model"), P())
     check(f, x, ct, COLUMN_BLOCKS, 1, TERMS, jit)
 
 
-def test_data_parallel_sums_the_gradient_of_replicated_scales(backend):
+def test_data_parallel_sums_the_gradient_of_replicated_scales(one_backend):
     x, ct = ROW_BLOCKS[0].x(8), ROW_BLOCKS[0].cotangent(8)
     check(sharded(data_parallel, P("model"), P(), P("model")), x, ct, ROW_BLOCKS[:1], 0, TERMS)
 
 
-def test_a_column_parallel_layer_feeds_a_row_parallel_one(backend):
+def test_a_column_parallel_layer_feeds_a_row_parallel_one(one_backend):
     """The two-layer block of a transformer: one psum, and the gradient of x is whole."""
     up = [Case("random", (5, 13), "prime", seed=s) for s in range(DEVICES)]
     down = [Case("random", (7, 5), "prime", seed=s) for s in range(DEVICES)]
@@ -107,8 +113,13 @@ def test_a_column_parallel_layer_feeds_a_row_parallel_one(backend):
 
     f = jax.shard_map(block, mesh=mesh(), in_specs=(P(), *[P("model")] * 4), out_specs=P())
     x, ct = up[0].x(3), down[0].cotangent(3)
-    y, vjp = jax.vjp(jax.jit(lambda x, p, q: f(x, p, q, up_rest, down_rest)), x, up_params, down_params)
-    x_bar, up_bar, down_bar = vjp(ct)
+
+    @jax.jit
+    def value_and_pullback(x, up_params, down_params, ct):
+        y, vjp = jax.vjp(lambda x, p, q: f(x, p, q, up_rest, down_rest), x, up_params, down_params)
+        return y, *vjp(ct)
+
+    y, x_bar, up_bar, down_bar = value_and_pullback(x, up_params, down_params, ct)
     v, w = np.concatenate([c.weight for c in up]), np.concatenate([c.weight for c in down], axis=1)
     terms = 2 * TERMS
     assert_within_bound(y, lambda x, v, w: x @ v.T @ w.T, x, v, w, terms=terms)
@@ -129,7 +140,7 @@ def test_a_column_parallel_layer_feeds_a_row_parallel_one(backend):
     )
 
 
-def test_forward_mode_and_vmap_inside_the_map(backend):
+def test_forward_mode_and_vmap_inside_the_map(one_backend):
     params, rest = split(ROW_BLOCKS)
     x, x_dot = ROW_BLOCKS[0].x(3, 2), ROW_BLOCKS[0].x(3, 2, salt=1)
 
@@ -146,7 +157,7 @@ def test_forward_mode_and_vmap_inside_the_map(backend):
     assert_within_bound(jax.jit(f)(x, x_dot, params, rest), lambda x, w: x @ w.T, x_dot, w, terms=TERMS)
 
 
-def test_vmap_around_the_map(backend):
+def test_vmap_around_the_map(one_backend):
     params, rest = split(ROW_BLOCKS)
     x = ROW_BLOCKS[0].x(3, 2)
     f = sharded(column_parallel, P(), P("model"), P(None, "model"))
@@ -155,7 +166,7 @@ def test_vmap_around_the_map(backend):
     assert_within_bound(y, lambda x, w: x @ w.T, x, w, terms=TERMS)
 
 
-def test_gradient_taken_inside_the_map(backend):
+def test_gradient_taken_inside_the_map(one_backend):
     """Each device differentiates its own loss: `x` varies there, the replicated scales do not."""
     params, rest = split(ROW_BLOCKS[:1])
     x, ct = ROW_BLOCKS[0].x(8), ROW_BLOCKS[0].cotangent(8)
@@ -177,9 +188,9 @@ def test_gradient_taken_inside_the_map(backend):
     )
 
 
-def test_scan_over_layers_inside_the_map(backend):
+def test_scan_over_layers_inside_the_map(one_backend):
     cases = [Case("random", (13, 13), "prime", seed=s) for s in range(2)]
-    layers = stack([c.layer for c in cases])
+    layers = stacked(*cases)
     x = cases[0].x(8)
 
     def body(x, layers):

@@ -14,14 +14,14 @@ from upg_jax import sparse_dense
 
 
 @each_case
-def test_transpose_in_x(case, backend):
+def test_transpose_in_x(case, one_backend):
     x, ct = case.x(5), case.cotangent(5)
     (actual,) = jax.linear_transpose(lambda x: sparse_dense(x, case.layer), x)(ct)
     operands = (ct, case.levels, case.scales)
     assert_within_bound(actual, lambda g, w, s: (g * s) @ w, *operands, terms=case.terms, dtype=case.dtype)
 
 
-def test_transpose_in_scales(backend):
+def test_transpose_in_scales(one_backend):
     case = Case("random", (7, 13), "prime")
     x, ct = case.x(5), case.cotangent(5)
 
@@ -34,7 +34,7 @@ def test_transpose_in_scales(backend):
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3)], ids=str)
-def test_transpose_of_the_transpose_is_the_product(lead, backend):
+def test_transpose_of_the_transpose_is_the_product(lead, one_backend):
     case = Case("random", (7, 13), "prime")
 
     def product(x):
@@ -47,7 +47,7 @@ def test_transpose_of_the_transpose_is_the_product(lead, backend):
     np.testing.assert_array_equal(actual, product(case.x(*lead)))
 
 
-def test_transpose_of_a_sum_of_products(backend):
+def test_transpose_of_a_sum_of_products(one_backend):
     a, b = Case("random", (7, 13)), Case("full_row", (7, 13), "prime")
 
     def both(x):

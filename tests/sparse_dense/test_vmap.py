@@ -34,7 +34,7 @@ def many_scales(case: Case, n: int) -> jnp.ndarray:
 
 
 @each_case
-def test_vmap_over_x(case, backend):
+def test_vmap_over_x(case, one_backend):
     x = case.x(3, 2)
     y = jax.vmap(lambda x: sparse_dense(x, case.layer))(x)
     operands = (x, case.levels, case.scales)
@@ -43,7 +43,7 @@ def test_vmap_over_x(case, backend):
 
 @pytest.mark.parametrize("in_axis", [0, 1, -1])
 @pytest.mark.parametrize("out_axis", [0, -1])
-def test_vmap_over_any_axis_of_x_is_one_call(in_axis, out_axis, backend):
+def test_vmap_over_any_axis_of_x_is_one_call(in_axis, out_axis, one_backend):
     x = jnp.moveaxis(SMALL.x(3, 2), 0, in_axis)
     mapped = jax.vmap(lambda x: sparse_dense(x, SMALL.layer), in_axis, out_axis)
     assert calls(mapped, x) == 1
@@ -51,12 +51,12 @@ def test_vmap_over_any_axis_of_x_is_one_call(in_axis, out_axis, backend):
     np.testing.assert_array_equal(mapped(x), jnp.moveaxis(expected, 0, out_axis))
 
 
-def test_vmap_without_examples(backend):
+def test_vmap_without_examples(one_backend):
     assert jax.vmap(lambda x: sparse_dense(x, SMALL.layer))(SMALL.x(0, 2)).shape == (0, 2, 7)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_vmap_of_scales_alone_shares_one_product(axis, backend):
+def test_vmap_of_scales_alone_shares_one_product(axis, one_backend):
     x, scales = SMALL.x(2), many_scales(SMALL, 3)
     mapped = jax.vmap(lambda s: apply(SMALL.layer, x, s), in_axes=axis)
     y = mapped(jnp.moveaxis(scales, 0, axis))
@@ -68,14 +68,14 @@ def test_vmap_of_scales_alone_shares_one_product(axis, backend):
     assert "f32[2,7] = sparse_dense[" in jaxpr
 
 
-def test_vmap_of_x_and_scales_together(backend):
+def test_vmap_of_x_and_scales_together(one_backend):
     x, scales = SMALL.x(3, 2), many_scales(SMALL, 3)
     y = jax.vmap(lambda x, s: apply(SMALL.layer, x, s))(x, scales)
     operands = (x, SMALL.levels, scales)
     assert_within_bound(y, lambda x, w, s: (x @ w.T) * s[:, None], *operands, terms=SMALL.terms)
 
 
-def test_vmap_of_scales_in_the_transposed_product(backend):
+def test_vmap_of_scales_in_the_transposed_product(one_backend):
     ct, scales = SMALL.cotangent(2), many_scales(SMALL, 3)
 
     def transposed(g, s):
@@ -91,21 +91,21 @@ def test_vmap_of_scales_in_the_transposed_product(backend):
     assert_within_bound(each_ct, formula, cts, SMALL.levels, scales, terms=SMALL.terms)
 
 
-def test_vmap_of_the_bias(backend):
+def test_vmap_of_the_bias(one_backend):
     x, bias = SMALL.x(2), SMALL.cotangent(3)
     y = jax.vmap(lambda b: sparse_dense(x, SMALL.layer, b))(bias)
     operands = (x, SMALL.levels, SMALL.scales, bias)
     assert_within_bound(y, lambda x, w, s, b: (x @ w.T * s)[None] + b[:, None], *operands, terms=SMALL.terms)
 
 
-def test_nested_vmaps_of_x_are_one_call(backend):
+def test_nested_vmaps_of_x_are_one_call(one_backend):
     x = SMALL.x(2, 3, 4)
     mapped = jax.vmap(jax.vmap(lambda x: sparse_dense(x, SMALL.layer), 1, 1))
     assert calls(mapped, x) == 1
     np.testing.assert_array_equal(mapped(x), sparse_dense(x, SMALL.layer))
 
 
-def test_vmap_of_x_inside_vmap_of_scales(backend):
+def test_vmap_of_x_inside_vmap_of_scales(one_backend):
     x, scales = SMALL.x(2, 3), many_scales(SMALL, 4)
     y = jax.vmap(jax.vmap(lambda x, s: apply(SMALL.layer, x, s), (0, None)), (None, 0))(x, scales)
     z = jax.vmap(jax.vmap(lambda x, s: apply(SMALL.layer, x, s), (None, 0)), (0, None))(x, scales)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
-from helpers.layers import Case, each_case
+from helpers.layers import Case, each_case, stacked
 
-from upg_jax import combine, partition, sparse_dense, stack
+from upg_jax import combine, partition, sparse_dense
 
 SMALL = Case("random", (7, 13), "prime")
 
@@ -21,13 +21,13 @@ def apply(layer, x, scales):
 
 
 @each_case
-def test_vmap_of_grad_gives_a_gradient_per_example(case, backend):
+def test_vmap_of_grad_gives_a_gradient_per_example(case, one_backend):
     x, ct = case.x(4), case.cotangent(4)
 
     def vjp(x, ct):
         return jax.vjp(lambda x, s: apply(case.layer, x, s), x, case.layer.scales)[1](ct)
 
-    x_bar, scales_bar = jax.vmap(vjp)(x, ct)
+    x_bar, scales_bar = jax.jit(jax.vmap(vjp))(x, ct)
     assert_within_bound(
         x_bar,
         lambda g, w, s: (g * s) @ w,
@@ -39,7 +39,7 @@ def test_vmap_of_grad_gives_a_gradient_per_example(case, backend):
     assert_within_bound(scales_bar, lambda g, x, w: g * (x @ w.T), *operands, terms=case.terms)
 
 
-def test_grad_of_vmap_sums_over_examples(backend):
+def test_grad_of_vmap_sums_over_examples(one_backend):
     x, ct = SMALL.x(4, 2), SMALL.cotangent(4, 2)
 
     def loss(x, s):
@@ -53,9 +53,9 @@ def test_grad_of_vmap_sums_over_examples(backend):
 
 
 @pytest.mark.parametrize("order", ["grad of vmap", "vmap of grad"])
-def test_gradients_of_stacked_layers(order, backend):
+def test_gradients_of_stacked_layers(order, one_backend):
     cases = [Case(kind, (7, 13), "prime", seed=s) for s, kind in enumerate(("random", "zero", "full"))]
-    params, rest = partition(stack([c.layer for c in cases]))
+    params, rest = partition(stacked(*cases))
     x, ct = SMALL.x(3, 2), SMALL.cotangent(3, 2)
 
     def one(x, p, r, ct):
@@ -78,7 +78,7 @@ def test_gradients_of_stacked_layers(order, backend):
     )
 
 
-def test_vmap_of_scales_under_grad(backend):
+def test_vmap_of_scales_under_grad(one_backend):
     x, ct = SMALL.x(2), SMALL.cotangent(3, 2)
     scales = jnp.stack([SMALL.layer.scales * jnp.float32(k) for k in (1, 2, 3)])
 
@@ -94,10 +94,11 @@ def test_vmap_of_scales_under_grad(backend):
     assert_within_bound(scales_bar, lambda g, x, w: (g * (x @ w.T)).sum(1), *operands, terms=SMALL.terms)
 
 
-def test_vmap_of_hessian(backend):
+def test_vmap_of_hessian(one_backend):
     case = Case("random", (7, 5), "prime")
     x = case.x(3)
-    hessians = jax.vmap(jax.hessian(lambda x: (sparse_dense(x, case.layer) ** 2).sum() / 2))(x)
+    hessian = jax.hessian(lambda x: (sparse_dense(x, case.layer) ** 2).sum() / 2)
+    hessians = jax.jit(jax.vmap(hessian))(x)
     assert_within_bound(
         hessians, lambda w: np.broadcast_to(w.T @ w, (3, 5, 5)), case.weight, terms=2 * case.terms
     )

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
-from helpers.layers import Case
+from helpers.layers import Case, stacked
 
-from upg_jax import sparse_dense, stack
+from upg_jax import sparse_dense
 
 
 @functools.cache
@@ -24,10 +24,6 @@ def weights(cases) -> np.ndarray:
     return np.stack([case.weight for case in cases])
 
 
-def layers_of(cases):
-    return stack([case.layer for case in cases])
-
-
 def terms(cases) -> int:
     return max(case.terms for case in cases)
 
@@ -38,24 +34,24 @@ def test_vmap_over_stacked_layers(manifold, row_alignment, x_mapped, backend):
     cases = parts(manifold, row_alignment)
     x = cases[0].x(4, 2) if x_mapped else cases[0].x(2)
     mapped = jax.vmap(sparse_dense, (0 if x_mapped else None, 0))
-    y = mapped(x, layers_of(cases))
+    y = jax.jit(mapped)(x, stacked(*cases))
     assert_within_bound(y, lambda x, w: x @ np.swapaxes(w, 1, 2), x, weights(cases), terms=terms(cases))
-    assert str(jax.make_jaxpr(mapped)(x, layers_of(cases))).count("sparse_dense[") == 1
+    assert str(jax.make_jaxpr(mapped)(x, stacked(*cases))).count("sparse_dense[") == 1
 
 
 @pytest.mark.parametrize("axis", [1, -1])
-def test_vmap_over_layers_stacked_on_another_axis(axis, backend):
+def test_vmap_over_layers_stacked_on_another_axis(axis, one_backend):
     cases = parts("prime")
-    layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), layers_of(cases))
+    layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), stacked(*cases))
     x = cases[0].x(2)
     y = jax.vmap(sparse_dense, (None, axis))(x, layers)
-    np.testing.assert_array_equal(y, jax.vmap(sparse_dense, (None, 0))(x, layers_of(cases)))
+    np.testing.assert_array_equal(y, jax.vmap(sparse_dense, (None, 0))(x, stacked(*cases)))
 
 
-def test_vmap_over_layers_and_bias(backend):
+def test_vmap_over_layers_and_bias(one_backend):
     cases = parts("unit")
     x, bias = cases[0].x(2), cases[0].cotangent(4)
-    y = jax.vmap(sparse_dense, (None, 0, 0))(x, layers_of(cases), bias)
+    y = jax.vmap(sparse_dense, (None, 0, 0))(x, stacked(*cases), bias)
     assert_within_bound(
         y,
         lambda x, w, b: x @ np.swapaxes(w, 1, 2) + b[:, None, :],
@@ -67,14 +63,14 @@ def test_vmap_over_layers_and_bias(backend):
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
 def test_vmap_over_layers_without_rows_or_columns(shape, backend):
     case = Case("zero", shape)
-    y = jax.vmap(sparse_dense, (None, 0))(case.x(2), stack([case.layer] * 3))
+    y = jax.vmap(sparse_dense, (None, 0))(case.x(2), stacked(*[case] * 3))
     np.testing.assert_array_equal(y, np.zeros((3, 2, shape[0]), np.float32))
 
 
 @pytest.mark.parametrize("x_mapped", [False, True])
-def test_vmap_over_index_is_one_call(x_mapped, backend):
+def test_vmap_over_index_is_one_call(x_mapped, one_backend):
     cases = parts("prime")
-    layers, index = layers_of(cases), jnp.array([3, 0, 3])
+    layers, index = stacked(*cases), jnp.array([3, 0, 3])
     x = cases[0].x(3, 2) if x_mapped else cases[0].x(2)
     mapped = jax.vmap(lambda x, i: sparse_dense(x, layers, index=i), (0 if x_mapped else None, 0))
     y = mapped(x, index)
@@ -83,26 +79,26 @@ def test_vmap_over_index_is_one_call(x_mapped, backend):
     assert str(jax.make_jaxpr(mapped)(x, index)).count("sparse_dense[") == 1
 
 
-def test_vmap_over_x_with_one_index(backend):
+def test_vmap_over_x_with_one_index(one_backend):
     cases = parts("unit")
-    layers = layers_of(cases)
+    layers = stacked(*cases)
     x = cases[0].x(3, 2)
     y = jax.vmap(lambda x: sparse_dense(x, layers, index=1))(x)
     np.testing.assert_array_equal(y, sparse_dense(x, layers, index=1))
 
 
-def test_vmap_over_x_behind_an_array_of_indices(backend):
+def test_vmap_over_x_behind_an_array_of_indices(one_backend):
     cases = parts("unit")
-    layers, index = layers_of(cases), jnp.array([2, 1])
+    layers, index = stacked(*cases), jnp.array([2, 1])
     x = cases[0].x(3, 2, 5)
     y = jax.vmap(lambda x: sparse_dense(x, layers, index=index))(x)
     expected = jnp.stack([sparse_dense(xs, layers, index=index) for xs in x])
     np.testing.assert_array_equal(y, expected)
 
 
-def test_nested_vmaps_over_layers_and_index(backend):
+def test_nested_vmaps_over_layers_and_index(one_backend):
     cases = parts("prime")
-    groups = [layers_of(cases[:2]), layers_of(cases[2:])]
+    groups = [stacked(*cases[:2]), stacked(*cases[2:])]
     capacity = max(g.capacity for g in groups)
     padded = [
         jax.tree.map(
@@ -116,9 +112,9 @@ def test_nested_vmaps_over_layers_and_index(backend):
     def choose(i, layers):
         return sparse_dense(x, layers, index=i)
 
-    y = jax.vmap(jax.vmap(choose, (0, None)), (None, 0))(index, both)
+    y = jax.jit(jax.vmap(jax.vmap(choose, (0, None)), (None, 0)))(index, both)
     chosen = weights(cases).reshape(2, 2, 7, 13)[:, np.array(index)]
     assert_within_bound(y, lambda x, w: x @ np.swapaxes(w, 2, 3), x, chosen, terms=terms(cases))
-    z = jax.vmap(jax.vmap(lambda layer: sparse_dense(x, layer)))(both)
+    z = jax.jit(jax.vmap(jax.vmap(lambda layer: sparse_dense(x, layer))))(both)
     chosen = weights(cases).reshape(2, 2, 7, 13)
     assert_within_bound(z, lambda x, w: x @ np.swapaxes(w, 2, 3), x, chosen, terms=terms(cases))
