@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -9,6 +10,10 @@ def main() -> None:
     """Runs the command line; exits with 0, 1 (failed) or 2 (wrong usage)."""
     from upg_jax._errors import UPGError
 
+    for stream in (sys.stdout, sys.stderr):
+        # Names and answers may hold what the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from upg_jax.cli._app import app
     except ModuleNotFoundError as e:
@@ -17,14 +22,10 @@ def main() -> None:
         sys.exit(f"upg-jax: the command line needs {e.name}; install it with: pip install 'upg-jax[demo]'")
     try:
         app(prog_name="upg-jax")
-    except (UPGError, OSError) as e:
+    except (UPGError, OSError, ValueError) as e:
+        from rich.text import Text
+
         from upg_jax.cli._output import stderr
 
-        stderr.print(f"[bold red]error:[/] {_escape(str(e))}", highlight=False, soft_wrap=True)
+        stderr.print(Text.assemble(("error: ", "bold red"), str(e)))
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -43,6 +43,8 @@ def compress(
 
     Interrupted, the same command goes on where it stopped; OUT appears when it is complete.
     """
+    from rich.text import Text
+
     from upg_jax.cli._output import bytes_progress, print_json, stderr
     from upg_jax.compress import Rule, Settings, compress_checkpoint, plan
     from upg_jax.io import open_checkpoint
@@ -54,7 +56,7 @@ def compress(
     checkpoint = open_checkpoint(source)
     planned = plan(checkpoint, settings)
     for warning in planned.warnings:
-        stderr.print("[yellow]warning:[/]", warning, highlight=False, soft_wrap=True)
+        stderr.print(Text.assemble(("warning: ", "yellow"), warning))
     if dry_run:
         if json:
             print_json(_plan_as_dict(planned))
@@ -70,7 +72,7 @@ def compress(
             checkpoint, destination, settings, progress=progress, restart=restart, force=force
         )
     if report.resumed:
-        stderr.print(f"{report.resumed} tensors had been encoded by an earlier run", highlight=False)
+        stderr.print(f"{report.resumed} tensors had been encoded by an earlier run")
     if json:
         print_json(_report_as_dict(report))
     else:
@@ -80,14 +82,16 @@ def compress(
 def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
     from rich.table import Table
 
-    from upg_jax.cli._output import human_bytes, stdout
+    from upg_jax.cli._output import human_bytes, printable, stdout
 
-    table = Table("tensor", "shape")
+    table = Table()
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape")
     for header in ("density", "bits per weight", "bytes"):
         table.add_column(header, justify="right")
     for t in result.tensors:
         table.add_row(
-            t.name,
+            printable(t.name),
             " x ".join(map(str, t.shape)),
             "dense" if t.density is None else f"{t.density:.3f}",
             f"{t.bits_per_weight:.2f}",
@@ -97,7 +101,7 @@ def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
     stdout.print(
         f"model.safetensors {verb} {human_bytes(file_bytes)}; {len(result.compressed)} matrices compressed to "
         f"{result.bits_per_weight:.2f} bits per weight, all overheads included",
-        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -25,20 +25,17 @@ def convert(
     """Converts a version 1 file, without running the pickle's code, and verifies the result."""
     import dataclasses
 
-    from upg_jax.cli._output import human_bytes, print_json, stderr, stdout
+    from upg_jax.cli._output import human_bytes, print_json, status, stderr, stdout
     from upg_jax.io import convert_v1, open_checkpoint
 
-    stderr.print(
-        f"{source_file}: reading it whole needs {human_bytes(source_file.stat().st_size)} of memory",
-        highlight=False,
-    )
-    with stderr.status("reading") as status:
+    stderr.print(f"{source_file}: reading it whole needs {human_bytes(source_file.stat().st_size)} of memory")
+    with status("reading") as update:
         report = convert_v1(
             source_file,
             destination,
             source=None if source is None else open_checkpoint(source),
             manifold=manifold,  # type: ignore[arg-type]
-            progress=lambda what, done, total: status.update(f"{what} ({done} of {total})"),
+            progress=lambda what, done, total: update(f"{what} ({done} of {total})"),
         )
     if json:
         print_json(dataclasses.asdict(report))
@@ -46,5 +43,5 @@ def convert(
     stdout.print(
         f"{destination}: {report.compressed} compressed and {report.dense} dense tensors, "
         f"{human_bytes(report.source_bytes)} -> {human_bytes(report.written_bytes)}, verified against the input",
-        highlight=False,
+        soft_wrap=True,
     )

@@ -75,7 +75,6 @@ def demo(
         stderr.print(
             f"{row.name:<12} perplexity {row.perplexity:8.2f}, {row.tokens_per_second:5.1f} tokens/s "
             f"({row.seconds:.0f} s)",
-            highlight=False,
         )
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
@@ -86,12 +85,12 @@ def demo(
 def measure(source: Path, grid: list[tuple[Manifold, float]], output: Path | None) -> Iterator[Row]:
     """Measures a GGUF model as it is, then with each setting of the grid, compressed, saved and loaded again."""
     from upg_jax.cli._demo_model import stored_bits_per_weight
-    from upg_jax.cli._output import bytes_progress, stderr
+    from upg_jax.cli._output import bytes_progress, status
     from upg_jax.compress import Settings, compress_checkpoint
     from upg_jax.inference import UPGModel
 
     start = time.monotonic()
-    with stderr.status("dense: loading and measuring"):
+    with status("dense: loading and measuring"):
         dense = UPGModel.from_file(source)
         yield _row("dense", dense, source.stat().st_size, stored_bits_per_weight(source), start)
     del dense
@@ -109,7 +108,7 @@ def measure(source: Path, grid: list[tuple[Manifold, float]], output: Path | Non
                     progress=lambda p, update=update: update(p.stage, p.done, p.total, p.name),  # type: ignore[misc]
                     force=True,
                 )
-            with stderr.status(f"{name}: loading and measuring"):
+            with status(f"{name}: loading and measuring"):
                 model = UPGModel.from_file(destination)
                 yield _row(name, model, report.file_bytes, report.bits_per_weight, start)
 
@@ -178,10 +177,9 @@ def _print_table(rows: list[Row], seconds: float) -> None:
         f"Perplexity over {_WINDOWS} windows of {_WINDOW} tokens of the Jargon File (public domain). Bits per weight "
         "count the linear layers, all overheads included; the original's file is 4-bit (Q4_1), its weights are "
         f"float32 in memory. {seconds:.0f} s in all.",
-        highlight=False,
     )
     dense = rows[0]
     for row in rows[1:]:
         if row.name.startswith("prime"):
             same = "token for token the dense model's" if row.ids == dense.ids else "not the dense model's"
-            stdout.print(f"The greedy answer of {row.name} is {same}.", highlight=False)
+            stdout.print(f"The greedy answer of {row.name} is {same}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -93,7 +94,8 @@ def _download(destination: Path) -> None:
 
 def stored_bits_per_weight(path: Path) -> float:
     """Bits that a GGUF file spends on a weight of the decoder blocks' linear layers."""
-    import gguf
+    from upg_jax.io._gguf_header import read_header
 
-    linears = [t for t in gguf.GGUFReader(path).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
-    return 8 * sum(int(t.n_bytes) for t in linears) / sum(int(t.n_elements) for t in linears)
+    tensors = read_header(path).tensors.values()
+    linears = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    return 8 * sum(t.nbytes for t in linears) / sum(math.prod(t.shape) for t in linears)

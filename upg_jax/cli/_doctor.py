@@ -41,7 +41,7 @@ def doctor(
 
     for title, rows in report.items():
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(min_width=14, style="cyan")
+        table.add_column(min_width=14, no_wrap=True, style="cyan")
         table.add_column(overflow="fold")
         for key, value in rows.items():
             table.add_row(key, str(value))
@@ -55,8 +55,14 @@ def collect() -> dict[str, dict[str, Any]]:
 
     from upg_jax._sparse_dense import BACKENDS, choose_backend, unavailable_reason
 
-    devices = jax.devices()
-    backend, reason = choose_backend(devices[0].platform)
+    try:
+        devices = jax.devices()
+    except Exception as e:  # jax raises RuntimeError or AssertionError, by how JAX_PLATFORMS is wrong
+        platform_name, shown = "none", f"none; jax does not start: {str(e) or type(e).__name__}"
+        backend, reason = "none", "jax does not start; unset JAX_PLATFORMS, or install what it asks for"
+    else:
+        platform_name, shown = devices[0].platform, ", ".join(str(d) for d in devices)
+        backend, reason = choose_backend(platform_name)
     return {
         "versions": {
             "upg_jax": __version__,
@@ -72,8 +78,8 @@ def collect() -> dict[str, dict[str, Any]]:
             "SIMD": ", ".join(_simd()) or "unknown",
         },
         "jax": {
-            "platform": devices[0].platform,
-            "devices": ", ".join(str(d) for d in devices),
+            "platform": platform_name,
+            "devices": shown,
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "not set"),
         },
         "sparse_dense": {

@@ -33,19 +33,19 @@ def evaluate(
 
     from upg_jax._errors import CheckpointError
     from upg_jax.cli._demo import demo_text
-    from upg_jax.cli._output import print_json, stderr, stdout
+    from upg_jax.cli._output import print_json, status, stdout
     from upg_jax.inference import UPGModel, perplexity
 
-    texts = {str(file): file.read_text(encoding="utf-8") for file in text or []}
+    texts = {str(file): _read(file) for file in text or []}
     if not texts:
         texts["Jargon File 4.4.7 (excerpt)"] = demo_text()
-    with stderr.status(f"opening {path}"):
+    with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype)
     if model.tokenizer is None:
         raise CheckpointError(f"eval: {path} has no tokenizer beside it, so text cannot be measured")
     rows = []
     for name, content in texts.items():
-        with stderr.status(f"measuring {name}"):
+        with status(f"measuring {name}"):
             ids = model.tokenizer.encode(content)[:max_tokens]
             result = perplexity(model, ids, window=window, stride=stride)
         rows.append({"text": name, "perplexity": result.perplexity, **dataclasses.asdict(result)})
@@ -53,8 +53,14 @@ def evaluate(
             stdout.print(
                 f"{name}: perplexity {result.perplexity:.3f} over {result.tokens:,} tokens, windows of {window}, "
                 f"stride {stride or window}",
-                highlight=False,
                 soft_wrap=True,
             )
     if json:
         print_json(rows)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"eval: {file} must be UTF-8 text; {e}") from None

@@ -31,10 +31,10 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and timing as JSON.")] = False,
 ) -> None:
     """Continues a prompt; the answer goes to stdout as it comes."""
-    from upg_jax.cli._output import print_json, stderr, stdout
+    from upg_jax.cli._output import print_json, status, stderr, stdout
     from upg_jax.inference import UPGModel
 
-    with stderr.status(f"opening {path}"):
+    with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype)
     if chat and model.tokenizer is not None:
         ids = model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
@@ -51,7 +51,7 @@ def generate(
             tokens.append(token.id)
         pieces.append(token.text)
         if not json:
-            stdout.print(token.text, end="", markup=False, highlight=False, soft_wrap=True)
+            stdout.print(token.text, end="", soft_wrap=True)
     end = time.perf_counter()
     rate = (len(tokens) - 1) / (end - first) if first and len(tokens) > 1 else 0.0
     if json:
@@ -60,4 +60,4 @@ def generate(
         )
         return
     stdout.print()
-    stderr.print(f"[dim]{len(tokens)} tokens, {rate:.1f} tokens/s after the first[/]", highlight=False)
+    stderr.print(f"{len(tokens)} tokens, {rate:.1f} tokens/s after the first", style="dim")

@@ -22,7 +22,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Lists a UPG file's tensors with their sizes, from the header alone."""
-    from upg_jax.cli._output import human_bytes, print_json, stdout
+    from upg_jax.cli._output import human_bytes, print_json, printable, stdout
     from upg_jax.io import UPGDecompressor
 
     with UPGDecompressor.from_safetensors(path) as f:
@@ -34,12 +34,15 @@ def inspect(
             return
     from rich.table import Table
 
-    table = Table("tensor", "shape", "dtype", "manifold")
+    table = Table()
+    table.add_column("tensor", overflow="fold")
+    for header in ("shape", "dtype", "manifold"):
+        table.add_column(header)
     for header in ("density", "bits per weight", "stored"):
         table.add_column(header, justify="right")
     for i in infos:
         table.add_row(
-            i.name,
+            printable(i.name),
             " x ".join(map(str, i.shape)),
             i.dtype,
             i.manifold or "dense",
@@ -54,7 +57,7 @@ def inspect(
             f"; {summary['compressed']} compressed at density {summary['density']:.3f}, "
             f"{summary['bits_per_weight']:.2f} bits per weight"
         )
-    stdout.print(line)
+    stdout.print(line, soft_wrap=True)
 
 
 def summarize(infos: Sequence[TensorInfo]) -> dict[str, Any]:
@@ -72,10 +75,10 @@ def summarize(infos: Sequence[TensorInfo]) -> dict[str, Any]:
 
 def verify(path: FileArgument) -> None:
     """Checks every rule of the format on every entry; exits with 1 and names the first that is broken."""
-    from upg_jax.cli._output import stderr, stdout
+    from upg_jax.cli._output import status, stdout
     from upg_jax.io import UPGDecompressor
 
-    with UPGDecompressor.from_safetensors(path) as f, stderr.status("verifying") as status:
-        f.verify(progress=lambda name: status.update(f"verifying {name}"))
+    with UPGDecompressor.from_safetensors(path) as f, status("verifying") as update:
+        f.verify(progress=lambda name: update(f"verifying {name}"))
         count = len(f.names())
-    stdout.print(f"{path}: {count} tensors are valid", highlight=False)
+    stdout.print(f"{path}: {count} tensors are valid", soft_wrap=True)

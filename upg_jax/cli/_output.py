@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,16 +20,39 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
-# Results go to stdout and everything said on the way to stderr, so that output can be piped.
-stdout = Console()
-stderr = Console(stderr=True)
+# Results go to stdout and everything said on the way to stderr, so that output can be piped. Neither interprets
+# what it prints: names and answers come from files. A pipe has no width; 80 columns would cut names short.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+stdout = Console(markup=False, emoji=False, highlight=False, width=_WIDTH)
+stderr = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Escapes what a terminal would act on; a bad file chooses its tensors' names."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, on stderr; yields a function that changes the text."""
+    with stderr.status(Text(printable(text))) as spinner:
+        yield lambda text: spinner.update(Text(printable(text)))
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document to stdout."""
-    json.dump(value, sys.stdout, indent=2, default=str)
+    """Prints one JSON document to stdout; what JSON has no number for, such as infinity, becomes null."""
+    json.dump(_finite(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def human_bytes(count: float) -> str:
@@ -48,12 +73,12 @@ def bytes_progress(label: str) -> Iterator[Callable[[str, int, int, str], None]]
         begins a new bar.
     """
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[item]}"),
+        TextColumn("{task.fields[item]}", style="dim", markup=False),
         console=stderr,
         transient=True,
         disable=not stderr.is_terminal,
@@ -65,7 +90,7 @@ def bytes_progress(label: str) -> Iterator[Callable[[str, int, int, str], None]]
             for task in tasks.values():
                 bar.update(task, visible=False)
             tasks[stage] = bar.add_task(f"{label} {stage}", total=total, item="")
-        bar.update(tasks[stage], completed=done, total=total, item=item)
+        bar.update(tasks[stage], completed=done, total=total, item=printable(item))
 
     with bar:
         yield update

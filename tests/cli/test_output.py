@@ -1,0 +1,105 @@
+"""What the commands print: names out of files are data, pipes get whole lines, JSON is JSON, errors one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from upg_jax import MdCSR
+from upg_jax.io import save
+
+NAMES = ("a[/b]", ":smile:[red]", "esc\x1b[31m\nnext", "model.layers.0." + "x" * 150)
+
+
+@pytest.fixture
+def weird(tmp_path):
+    directory = tmp_path / "x[" / "y]"
+    directory.mkdir(parents=True)
+    layer = MdCSR.from_dense(np.eye(3, dtype=np.float32))
+    save(directory / "m.safetensors", dict.fromkeys(NAMES, layer))
+    return directory / "m.safetensors"
+
+
+def test_names_are_printed_as_they_are_and_never_reach_the_terminal_as_commands(upg_jax, weird):
+    result = upg_jax("inspect", weird, COLUMNS="300")
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    for shown in ("a[/b]", ":smile:[red]", r"esc\x1b[31m\nnext", NAMES[3]):
+        assert shown in result.stdout
+    verified = upg_jax("verify", weird)
+    assert verified.returncode == 0, verified.stderr
+    assert str(weird) in verified.stdout
+
+
+def test_a_pipe_without_a_width_gets_whole_names(upg_jax, weird):
+    result = upg_jax("inspect", weird, COLUMNS="")
+    assert "…" not in result.stdout
+
+
+def test_infinity_in_a_file_does_not_make_invalid_json(capsys):
+    from upg_jax.cli._output import print_json
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    print_json({"perplexity": float("inf"), "rows": [float("nan"), 1.5], "shape": (2, 3)})
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert shown == {"perplexity": None, "rows": [None, 1.5], "shape": [2, 3]}
+
+
+def test_an_answer_that_the_encoding_cannot_hold_is_escaped(upg_jax, gguf_model):
+    result = upg_jax("generate", gguf_model, "hé", "--max-new-tokens", "8", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--dtype", "float64"], "dtype"),
+    ],
+)
+def test_impossible_options_are_one_line(upg_jax, gguf_model, arguments, said):
+    result = upg_jax("generate", gguf_model, "he", *arguments)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_text_that_is_not_utf8_is_named(upg_jax, gguf_model, tmp_path):
+    (tmp_path / "text.bin").write_bytes(b"\xff\xfe")
+    result = upg_jax("eval", gguf_model, "--text", "text.bin")
+    assert result.returncode == 1
+    assert "text.bin" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_reports_a_jax_that_does_not_start(upg_jax):
+    result = upg_jax("doctor", "--json", JAX_PLATFORMS="bogus")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert "does not start" in report["jax"]["devices"]
+    assert report["jax"]["JAX_PLATFORMS"] == "bogus"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="consoles of Windows have no SIGINT to send")
+def test_ctrl_c_exits_with_130_without_a_traceback(gguf_model, tmp_path):
+    command = [sys.executable, "-m", "upg_jax.cli", "compress", gguf_model, "out", "--density", "1.0"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        while not (tmp_path / "out.partial").exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    # On a fast machine the run may be past its last interruptible step.
+    assert process.returncode in (0, 130)
+    assert b"Traceback" not in said
