@@ -213,6 +213,12 @@ def test_an_array_of_another_size_than_its_bytes(refused):
         refused(head + b"(I1\n" + shape + dtype + b"I00\nVabcdefgh\ntb.", "array")
 
 
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+def test_integers_too_large_to_print_or_to_store(refused, protocol):
+    huge = 10**4000
+    refused(pickle.dumps({"tensors": {"a": {"shape": (huge, 1)}}}, protocol=protocol), "fit in 64 bits")
+
+
 def test_an_array_filled_twice(refused):
     array = pickle.dumps(np.arange(3, dtype=np.int8), protocol=2)
     body = array[:-1]  # without STOP

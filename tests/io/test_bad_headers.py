@@ -104,13 +104,25 @@ def test_spaces_may_pad_the_header(tmp_path):
         ('{"a":}', "valid JSON"),
         ("{} {}", "valid JSON"),
         ('{"a": NaN}', "NaN"),
+        ('{"a": 1e999}', "1e999"),
         ('{"a": -Infinity}', "-Infinity"),
         ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "valid JSON"),
         ('{"a":' + "9" * 10_000 + "}", "valid JSON"),
         (b'{"\xff": 1}', "UTF-8"),
         ('{"a": "\x01"}', "valid JSON"),
     ],
-    ids=["comma", "no-value", "two-objects", "nan", "infinity", "deep", "huge-number", "utf-8", "control"],
+    ids=[
+        "comma",
+        "no-value",
+        "two-objects",
+        "nan",
+        "overflow",
+        "infinity",
+        "deep",
+        "huge-number",
+        "utf-8",
+        "control",
+    ],
 )
 def test_a_header_must_be_strict_json(refused, header, said):
     refused(join(header, b""), "header", said)
@@ -182,9 +194,12 @@ def test_a_bad_shape_is_refused(refused, shape):
 
 def test_shapes_multiply_exactly(refused):
     # 2**32 * 2**32 is 0 in 64 bits, and the product with the 0 is 0 in any case.
-    refused(with_entry("norm", shape=[2**32, 2**32]), "tensor 'norm'", "below 2**63 elements")
-    refused(with_entry("norm", shape=[0, 2**62, 2**62]), "tensor 'norm'", "below 2**63 elements")
-    refused(with_entry("norm", shape=[2**62 + 3]), "tensor 'norm'", "does not fill")
+    refused(with_entry("norm", shape=[2**32, 2**32]), "tensor 'norm'", "below 2**63 bytes")
+    refused(with_entry("norm", shape=[0, 2**62, 2**62]), "tensor 'norm'", "below 2**63 bytes")
+    # NumPy counts bytes, with empty dimensions left out.
+    refused(with_entry("norm", shape=[0, 2**61]), "tensor 'norm'", "below 2**63 bytes")
+    # 4 * (2**62 + 3) is 12 in 64 bits.
+    refused(with_entry("norm", shape=[2**62 + 3]), "tensor 'norm'", "below 2**63 bytes")
 
 
 @pytest.mark.parametrize(

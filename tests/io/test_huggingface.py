@@ -44,6 +44,14 @@ def test_names_are_in_layer_order_also_across_shards(tmp_path):
     assert layers[-1] == 11
 
 
+def test_numbers_in_names_may_have_any_length(tmp_path):
+    numbers = ["9" * 5000, "10", "9", "010", "0" * 5000]
+    (tmp_path / "config.json").write_text("{}")
+    save_file({f"a.{n}.w": np.ones(1, np.float32) for n in numbers}, tmp_path / "model.safetensors")
+    names = open_checkpoint(tmp_path).names()
+    assert [name.split(".")[1] for name in names] == ["0" * 5000, "9", "010", "10", "9" * 5000]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_transformers_saves_can_be_read(tmp_path):
     for package in ("torch", "transformers"):

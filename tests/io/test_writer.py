@@ -227,6 +227,20 @@ def test_a_directory_is_not_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_a_path_that_names_no_file_is_an_error(path):
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        save(path, {"w": layer()})
+
+
+@pytest.mark.parametrize("value", [float("inf"), object()])
+@pytest.mark.parametrize("key", ["model", "provenance"])
+def test_a_description_that_is_not_json_is_refused(tmp_path, key, value):
+    with pytest.raises(FormatError, match=f"save: {key} must be JSON values"):
+        save(tmp_path / "model.safetensors", {}, **{key: {"a": value}})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "none" / "model.safetensors", {"w": layer()})

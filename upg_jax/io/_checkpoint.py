@@ -113,9 +113,13 @@ def already_compressed(path: Path) -> CheckpointError:
 def layer_order(names: Iterable[str]) -> list[str]:
     """Sorts tensor names so that `layers.10` follows `layers.9`."""
 
+    def part(text: str) -> tuple[bool, int, str]:
+        # Of two numbers the longer is larger; `int` refuses to read thousands of digits.
+        digits = text.lstrip("0") if text.isdecimal() else ""
+        return text.isdecimal(), len(digits), digits or text
+
     def key(name: str) -> list[tuple[bool, int, str]]:
-        parts = re.split(r"(\d+)", name)
-        return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in parts]
+        return [part(text) for text in re.split(r"(\d+)", name)]
 
     return sorted(names, key=key)
 

@@ -91,7 +91,7 @@ def show(value: object) -> str:
 
 
 def strict_json(text: bytes | str, where: str) -> Any:
-    """Parses JSON, refusing duplicate keys, NaN and infinity, invalid UTF-8 and lone surrogates.
+    """Parses JSON, refusing duplicate keys, NaN, infinity (1e999 too), invalid UTF-8 and lone surrogates.
 
     Raises:
         FormatError: beginning with `where`.
@@ -107,10 +107,15 @@ def strict_json(text: bytes | str, where: str) -> Any:
     def refuse(constant: str) -> None:
         raise FormatError(f"{where}: JSON must not contain {constant}")
 
+    def finite(number: str) -> float:
+        if math.isinf(float(number)):
+            refuse(show(number))
+        return float(number)
+
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -201,8 +206,9 @@ def _tensor(name: str, entry: Any, data_start: int, path: str | os.PathLike[str]
         raise FormatError(
             f"{where}: shape must be at most {_MAX_RANK} non-negative integers; got {show(shape)}"
         )
-    if math.prod(max(n, 1) for n in shape) >= 2**63:
-        raise FormatError(f"{where}: shape must stay below 2**63 elements; got {show(shape)}")
+    # NumPy's limit, for empty arrays too.
+    if math.prod(max(n, 1) for n in shape) * DTYPES[dtype][0] >= 8 * 2**63:
+        raise FormatError(f"{where}: shape must stay below 2**63 bytes; got {show(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise FormatError(f"{where}: data_offsets must be two non-negative integers; got {show(offsets)}")
     start, stop = offsets

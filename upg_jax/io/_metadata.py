@@ -65,7 +65,10 @@ def to_strings(
     strings["mdcsr"] = json.dumps({name: dataclasses.asdict(facts) for name, facts in matrices.items()})
     for key, value in (("model", model), ("provenance", provenance)):
         if value is not None:
-            strings[key] = json.dumps(value, allow_nan=False)
+            try:
+                strings[key] = json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise FormatError(f"save: {key} must be JSON values; {error}") from None
     return strings | metadata
 
 

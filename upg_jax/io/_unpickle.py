@@ -89,6 +89,9 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
+            # Larger ones would fail where they are printed or become floats.
+            if isinstance(argument, int) and argument.bit_length() > 64:
+                raise RefusedError("integers must fit in 64 bits")
             self.stack.append(argument)
         elif name in _OPERATIONS:
             made = _OPERATIONS[name](self, argument)

@@ -88,8 +88,6 @@ def convert_v1(
     size = src.stat().st_size
     report(f"reading {src.name} whole: needs {size:,} bytes of memory", 0, 0)
     content = load(src)
-    if not isinstance(content, dict):
-        raise FormatError(f"{src}: a version 1 file must hold a dict; got {describe(content)}")
     job = _job(src, content, source, manifold)
     provenance = {
         "tool": f"upg_jax {__version__}",
@@ -118,11 +116,6 @@ def convert_v1(
             written.verify()
     report("done", len(names), len(names))
     return ConversionReport(job.kind, len(facts), len(names) - len(facts), size, dst.stat().st_size)
-
-
-def _check_names(names: list[str], written: UPGDecompressor) -> None:
-    if sorted(names) != sorted(written.names()):
-        raise FormatError("convert: verification: the file written does not have the tensors of the input")
 
 
 def _job(src: Path, content: Any, source: Source | None, manifold: Manifold) -> Job:

@@ -90,7 +90,9 @@ def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def check_destination(path: Path, *, sharded: bool) -> None:
-    """Refuses to leave two models side by side of which a reader would have to guess one."""
+    """Refuses a directory, and two models side by side of which a reader would have to guess one."""
+    if path.is_dir():
+        raise IsADirectoryError(f"save: {path} is a directory, not a regular file; name a file in it")
     index = path.with_name(path.stem + INDEX_SUFFIX)
     in_the_way = [index, path] if sharded else [index]
     for existing in in_the_way:
