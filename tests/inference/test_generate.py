@@ -101,11 +101,11 @@ def test_max_new_tokens_is_exact(model, alone, count):
 
 def test_seeds_reproduce_and_a_batch_counts_up_from_its_seed(model):
     settings = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50, "top_p": 0.95}
-    together = model.generate(PROMPTS[:3], seed=7, **settings)
-    assert together == model.generate(PROMPTS[:3], seed=7, **settings)
-    assert together == [model.generate(p, seed=7 + i, **settings) for i, p in enumerate(PROMPTS[:3])]
-    assert together == model.generate(PROMPTS[:3], seed=[7, 8, 9], **settings)
-    assert together != model.generate(PROMPTS[:3], seed=8, **settings)
+    together = model.generate(PROMPTS, seed=7, **settings)
+    assert together == model.generate(PROMPTS, seed=7, **settings)
+    assert together == [model.generate(p, seed=7 + i, **settings) for i, p in enumerate(PROMPTS)]
+    assert together == model.generate(PROMPTS, seed=[7, 8, 9, 10], **settings)
+    assert together != model.generate(PROMPTS, seed=8, **settings)
 
 
 def test_streaming_gives_the_same_tokens_and_the_reason_last(model, alone):

@@ -99,14 +99,6 @@ def test_bfloat16_activations_follow_float32():
     np.testing.assert_allclose(one[0, 0], logits[0, 0], atol=0.1 * np.abs(expected).mean(), rtol=0)
 
 
-def test_last_only_equals_the_last_of_all():
-    model = dense_model("everything")
-    ids = jnp.asarray(ids_for(2, 9))
-    every, _ = compiled(model.params, model.config, ids)
-    last, _ = compiled(model.params, model.config, ids, last_only=True)
-    np.testing.assert_allclose(last, every[:, -1], atol=1e-5, rtol=0)
-
-
 def test_gradients_reach_every_parameter():
     model = dense_model("everything")
     ids = jnp.asarray(ids_for(1, 12))

@@ -38,12 +38,15 @@ def test_tokens_are_stored_at_their_positions_and_dropped_beyond_the_capacity(st
         np.testing.assert_array_equal(read(buffers, layer, 2), expected[layer][:, :, :2])
 
 
+@pytest.mark.parametrize(("unrolled", "growth"), [(False, 1.5), (True, 2.0)])
 @pytest.mark.parametrize("capacity", [1, 64, 65, 128, 300, 1024])
-def test_windows_double_up_to_the_capacity(capacity):
-    windows = window_lengths(capacity)
+def test_windows_grow_little_by_little_up_to_the_capacity(capacity, unrolled, growth):
+    windows = window_lengths(capacity, 1, unrolled)
     assert windows[-1] == capacity
     assert windows == sorted(set(windows))
-    assert all(b <= 2 * a for a, b in itertools.pairwise(windows))
+    assert all(b <= growth * a for a, b in itertools.pairwise(windows))
+    enough = [length for length in windows if length >= 100 or length == capacity]
+    assert window_lengths(capacity, 100, unrolled) == enough
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -64,12 +67,12 @@ def test_attention_over_a_window_equals_attention_over_the_whole_cache(stacked, 
 def test_a_decode_step_updates_a_donated_cache_in_place(model):
     def memory(layers):
         deep = repeated(model(), layers)
-        cache = deep.init_cache(2, 4096)
+        cache = deep.init_cache(64, 64)
 
         def step(params, ids, cache):
             return forward(params, deep.config, ids, cache, last_only=True)
 
-        lowered = jax.jit(step, donate_argnums=2).lower(deep.params, jnp.zeros((2, 1), jnp.int32), cache)
+        lowered = jax.jit(step, donate_argnums=2).lower(deep.params, jnp.zeros((64, 1), jnp.int32), cache)
         found = lowered.compile().memory_analysis()
         assert found.alias_size_in_bytes >= cache.nbytes
         return cache.nbytes, found.temp_size_in_bytes

@@ -110,7 +110,9 @@ def token_batches(
     """
     if max_new_tokens == 0:
         return
-    stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
+    # Padded, so that models with a few more or fewer share compiled steps.
+    stops = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
     lengths = [len(prompt) for prompt in prompts]
     cache = model.init_cache(len(prompts), cache_capacity(max(lengths) + max_new_tokens))
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)

@@ -10,8 +10,6 @@ from jax import lax
 
 from upg_jax.models._cache import LayerBuffers, read
 
-_SMALLEST_WINDOW = 64
-
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
     """Causal attention, accumulated in float32.
@@ -26,14 +24,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
         `(batch, tokens, heads * head_dim)` in `q`'s dtype.
     """
     batch, tokens, heads, dim = q.shape
-    groups = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], dim)
-    # In float32 also where the cache is bfloat16, for which XLA's CPU backend lacks some of these products.
+    kv_heads, length = k.shape[1:3]
+    # One matrix of queries per key head: XLA's CPU backend runs this as a plain batched product, and with more
+    # dimensions half as fast. In float32 also for bfloat16, of which it lacks some products.
+    groups = (
+        q.reshape(batch, tokens, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
+    )
     groups, k, v = (x.astype(jnp.float32) for x in (groups, k, v))
-    scores = jnp.einsum("btkgh,bksh->bkgts", groups, k, precision="highest")
-    visible = jnp.arange(k.shape[2])[None, None, None, None] <= positions[:, None, None, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
-    return out.astype(q.dtype).reshape(batch, tokens, heads * dim)
+    scores = jnp.einsum("bkqd,bksd->bkqs", groups, k, precision="highest") * dim**-0.5
+    visible = jnp.arange(length)[None, None] <= positions[:, :, None]
+    visible = jnp.repeat(visible, heads // kv_heads, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, v, precision="highest").astype(q.dtype)
+    out = out.reshape(batch, kv_heads, tokens, -1, dim).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, tokens, heads * dim)
 
 
 def attend_cached(
@@ -57,7 +61,8 @@ def attend_cached(
         positions: int32 `(batch, tokens)`.
         filled: int32 scalar, at least the largest of the positions that matter, plus 1.
     """
-    windows = window_lengths((keys[0] if isinstance(keys, tuple) else keys).shape[-2])
+    unrolled = isinstance(keys, tuple)
+    windows = window_lengths((keys[0] if unrolled else keys).shape[-2], q.shape[1], unrolled)
     branches = [
         lambda length=length: attend(q, read(keys, layer, length), read(values, layer, length), positions)
         for length in windows
@@ -65,11 +70,12 @@ def attend_cached(
     return lax.switch(jnp.sum(filled > jnp.asarray(windows[:-1], jnp.int32)), branches)
 
 
-def window_lengths(capacity: int) -> list[int]:
-    """Lengths to attend over: doubling from 64 up to the capacity."""
-    lengths = []
-    length = _SMALLEST_WINDOW
-    while length < capacity:
-        lengths.append(length)
-        length *= 2
-    return [*lengths, capacity]
+def window_lengths(capacity: int, tokens: int, unrolled: bool) -> list[int]:
+    """Lengths to attend over, ending with the capacity; none too short for `tokens` new ones.
+
+    64, 96, 128, 192, and so on, or only the powers of two where each layer would compile all of them again.
+    """
+    lengths = [
+        length << k for k in range(capacity.bit_length()) for length in ((64,) if unrolled else (64, 96))
+    ]
+    return [*(length for length in lengths if tokens <= length < capacity), capacity]
