@@ -6,6 +6,7 @@ Nothing else in the package may reach into JAX beyond its documented modules.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,12 +66,15 @@ class TraceContext:
 
     def __init__(self, default: str) -> None:
         self._native: Any = jax.make_user_context(default) if hasattr(jax, "make_user_context") else None
-        self._value = default
+        self._default = default
+        self._local = threading.local()
 
     @property
     def value(self) -> str:
         """The innermost value set."""
-        return self._native.value if self._native is not None else self._value
+        if self._native is not None:
+            return self._native.value
+        return getattr(self._local, "value", self._default)
 
     @contextlib.contextmanager
     def __call__(self, value: str) -> Iterator[None]:
@@ -80,10 +84,10 @@ class TraceContext:
                 yield
             return
         # Older JAX has no public way into the cache key, so what was traced must be forgotten instead.
-        previous, self._value = self._value, value
+        previous, self._local.value = self.value, value
         jax.clear_caches()
         try:
             yield
         finally:
-            self._value = previous
+            self._local.value = previous
             jax.clear_caches()

@@ -53,7 +53,7 @@ def test_gradients_use_the_backend_of_their_product():
         assert traced_backends(gradient, CASE.x(2)) == ["reference", "reference"]
 
 
-def test_switching_retraces_a_jitted_function_and_switching_back_does_not():
+def test_switching_retraces_a_jitted_function():
     traces = []
 
     @jax.jit
@@ -72,7 +72,8 @@ def test_switching_retraces_a_jitted_function_and_switching_back_does_not():
     assert len(traces) == 2
     with use_backend("auto"):
         product(x)
-    assert len(traces) == 2
+    # JAX before `make_user_context` has no public way into jit's cache key: all is traced again.
+    assert len(traces) == (2 if hasattr(jax, "make_user_context") else 3)
     np.testing.assert_allclose(first, second, rtol=1e-5)
 
 
