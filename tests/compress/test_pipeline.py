@@ -14,7 +14,7 @@ from safetensors import safe_open
 from small_models import llama
 
 import upg_jax
-from upg_jax import CheckpointError, EncodingError, MdCSR, UPGDecompressor
+from upg_jax import CheckpointError, EncodingError, FormatError, MdCSR, UPGDecompressor
 from upg_jax.compress import Rule, Settings, compress_checkpoint, plan
 from upg_jax.io import open_checkpoint
 
@@ -220,6 +220,44 @@ def test_result_cannot_be_the_source_nor_lie_in_or_around_it(source, out):
 def test_missing_parent_directory_is_named(tmp_path, source):
     with pytest.raises(CheckpointError, match="does not exist; make it first"):
         compress_checkpoint(source, tmp_path / "no" / "out", HALF)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_result_goes_where_a_symbolic_link_points(tmp_path, source, exists):
+    target = tmp_path / "disk" / "out"
+    target.parent.mkdir()
+    (tmp_path / "out").symlink_to(target)
+    if exists:
+        compress_checkpoint(source, target, Settings(density=0.25))
+    compress_checkpoint(source, tmp_path / "out", HALF, force=exists)
+    assert (tmp_path / "out").readlink() == target
+    with UPGDecompressor.from_safetensors(target) as model:
+        assert model.provenance["settings"]["density"] == 0.5
+    assert sorted(p.name for p in tmp_path.rglob("*") if ".partial" in p.name) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="directories have no locks on Windows")
+@pytest.mark.parametrize("restart", [False, True])
+def test_second_run_of_the_same_destination_is_refused(tmp_path, source, restart):
+    refused = []
+
+    def second_run(progress):
+        for again in (False, True):
+            with pytest.raises(CheckpointError, match="another run is at work"):
+                compress_checkpoint(source, tmp_path / "out", HALF, force=True, restart=again)
+            refused.append(progress.stage)
+
+    compress_checkpoint(source, tmp_path / "out", HALF, progress=second_run, restart=restart)
+    assert set(refused) == {"hash", "encode", "write"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_names_that_a_file_cannot_hold_are_refused_before_any_encoding(tmp_path, source, weights):
+    name = "model.layers.0.mlp.up_proj.weight"
+    extra = {f"{name}.values": np.zeros(3, np.float32)}
+    source = llama.write_hugging_face(tmp_path / "other", weights | extra)
+    with pytest.raises(FormatError, match=r"both need the name .*up_proj\.weight\.values"):
+        plan(open_checkpoint(source), HALF)
 
 
 def test_foreign_partial_directory_is_never_touched(tmp_path, source):

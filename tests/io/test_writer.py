@@ -241,6 +241,19 @@ def test_a_description_that_is_not_json_is_refused(tmp_path, key, value):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full (Linux)")
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def write_to_a_full_disk(*_):
+        with open("/dev/full", "wb") as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(upg_jax.io._writer, "write_file", write_to_a_full_disk)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+        save(path, {"w": layer()})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "none" / "model.safetensors", {"w": layer()})

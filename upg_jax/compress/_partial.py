@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +39,46 @@ class Partial:
         self.replaced = self.path / "replaced"
         self._parts = self.path / "parts"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the directory, which it makes if need be, until the block or the process ends.
+
+        Windows, and file systems that know no locks, go without.
+
+        Raises:
+            CheckpointError: if another run is at work.
+        """
+        if os.name != "posix":
+            yield
+            return
+        import fcntl
+
+        self.path.mkdir(exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._busy() from None
+            except OSError:
+                pass
+            # A run that ends takes the directory with it.
+            if not self.path.exists() or not os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                raise self._busy()
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()  # where nothing was begun
+                raise
+        finally:
+            os.close(descriptor)
+
+    def _busy(self) -> CheckpointError:
+        return CheckpointError(
+            f"compress: another run is at work in {self.path}; wait for it, or choose another name"
+        )
+
     def open(
         self,
         checkpoint: Checkpoint,
@@ -50,7 +92,7 @@ class Partial:
             CheckpointError: if the directory is from other settings or sources, or none of ours.
         """
         if restart:
-            self.remove()
+            self._clear()
         state = self._read()
         files = checkpoint.source_files()
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -102,13 +144,20 @@ class Partial:
             return part.get_layer(name, device=False)
 
     def remove(self) -> None:
-        """Removes the directory, if it is one of ours; the state goes last, so that this can be repeated."""
+        """Removes the directory, if it is one of ours."""
+        if self._read() is not None:
+            self._clear()
+            self.path.rmdir()
+
+    def _clear(self) -> None:
+        """Empties the directory, if it is one of ours; the state goes last, so that this can be repeated."""
         if self._read() is None:
             return
-        for directory in (self._parts, self.output, self.replaced):
-            if directory.exists():
-                shutil.rmtree(directory)
-        shutil.rmtree(self.path)
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == _STATE):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _part(self, index: int) -> Path:
         return self._parts / f"{index:05d}.safetensors"

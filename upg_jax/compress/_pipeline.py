@@ -110,30 +110,34 @@ def compress_checkpoint(
             a destination that is in the way.
         EncodingError: for rules that match nothing, or weights that cannot be encoded (naming the tensor).
     """
-    destination = Path(os.path.abspath(destination))
+    # Through symbolic links, which a rename would replace instead of what they point to.
+    destination = Path(os.path.realpath(destination))
     checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
     planned = plan(checkpoint, settings)
+    _check_place(checkpoint, destination)
     partial = Partial(destination)
-    if partial.replaced.exists() and not destination.exists():
-        partial.replaced.rename(destination)
-    _check_destination(checkpoint, destination, force or partial.exists())
-    made = partial.open(checkpoint, planned, restart, progress)
-    if _provenance(destination) == made and not partial.output.exists() and not force:
-        # The run before was stopped between naming its result and removing what it was made of.
-        return _finish(destination, planned, partial, resumed=len(planned.compressed))
-    if destination.exists() and not force:
-        raise _in_the_way(destination)
-    shutil.rmtree(partial.output, ignore_errors=True)
-    partial.output.mkdir()
-    checkpoint.write_tokenizer(partial.output)
-    resumed = _encode_all(checkpoint, planned, partial, progress)
-    _write_output(checkpoint, planned, partial, made, progress)
-    if destination.exists():
-        shutil.rmtree(partial.replaced, ignore_errors=True)
-        destination.rename(partial.replaced)
-    partial.output.rename(destination)
-    _sync_directory(destination.parent)
-    return _finish(destination, planned, partial, resumed)
+    may_exist = force or partial.exists()
+    with partial.locked():
+        if partial.replaced.exists() and not destination.exists():
+            partial.replaced.rename(destination)
+        _check_destination(destination, may_exist)
+        made = partial.open(checkpoint, planned, restart, progress)
+        if _provenance(destination) == made and not partial.output.exists() and not force:
+            # The run before was stopped between naming its result and removing what it was made of.
+            return _finish(destination, planned, partial, resumed=len(planned.compressed))
+        if destination.exists() and not force:
+            raise _in_the_way(destination)
+        shutil.rmtree(partial.output, ignore_errors=True)
+        partial.output.mkdir()
+        checkpoint.write_tokenizer(partial.output)
+        resumed = _encode_all(checkpoint, planned, partial, progress)
+        _write_output(checkpoint, planned, partial, made, progress)
+        if destination.exists():
+            shutil.rmtree(partial.replaced, ignore_errors=True)
+            destination.rename(partial.replaced)
+        partial.output.rename(destination)
+        _sync_directory(destination.parent)
+        return _finish(destination, planned, partial, resumed)
 
 
 def _encode_all(
@@ -179,14 +183,17 @@ def _write_output(
     _sync_directory(partial.output)
 
 
-def _check_destination(checkpoint: Checkpoint, destination: Path, may_exist: bool) -> None:
-    source = Path(os.path.abspath(checkpoint.path))
+def _check_place(checkpoint: Checkpoint, destination: Path) -> None:
+    source = Path(os.path.realpath(checkpoint.path))
     if destination == source or source.is_relative_to(destination) or destination.is_relative_to(source):
         raise CheckpointError(
             f"compress: the result must not lie in the source or around it; got {source} and {destination}"
         )
     if not destination.parent.is_dir():
         raise CheckpointError(f"compress: the directory {destination.parent} does not exist; make it first")
+
+
+def _check_destination(destination: Path, may_exist: bool) -> None:
     if destination.exists():
         if _provenance(destination) is None:
             raise CheckpointError(

@@ -14,7 +14,7 @@ from upg_jax._version import __version__
 from upg_jax.compress._settings import Settings
 from upg_jax.io import Checkpoint
 from upg_jax.io._header import CODE_OF
-from upg_jax.io._layout import Item, arrange, place, stored_bytes
+from upg_jax.io._layout import Item, arrange, check_names, place, stored_bytes
 from upg_jax.io._metadata import MatrixFacts, to_strings
 from upg_jax.io._writer import file_bytes
 
@@ -115,6 +115,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
             )
     expected = [_item(name, shapes[name], dtypes[name], d, settings, False) for name, d in densities.items()]
     at_most = [_item(name, shapes[name], dtypes[name], d, settings, True) for name, d in densities.items()]
+    check_names(at_most)
     strings = to_strings(
         {item.name: item.facts for item in at_most if item.facts is not None},
         {},

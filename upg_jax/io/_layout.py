@@ -83,7 +83,7 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
     items: list[Item] = []
     for key in tensors:
         items.extend(_describe_leaf(key, tensors[key]))
-    _check_names(items)
+    check_names(items)
     return arrange(items)
 
 
@@ -129,7 +129,12 @@ def _describe_leaf(key: str, leaf: Any) -> Iterator[Item]:
         yield Item(key, index, facts, owned=int(pointers[(*at, -1)]))
 
 
-def _check_names(items: Iterable[Item]) -> None:
+def check_names(items: Iterable[Item]) -> None:
+    """Refuses names that the format reserves, and tensors that would need the same name.
+
+    Raises:
+        FormatError: naming the tensors.
+    """
     stored: dict[str, str] = {}
     for item in items:
         names = [item.name]
