@@ -24,4 +24,6 @@ def _decode(layer: MdCSR, *, dtype: Any, backend: str) -> jax.Array:
 def to_dense(layer: MdCSR, dtype: Any | None = None) -> jax.Array:
     """See `MdCSR.to_dense`."""
     dtype = jnp.dtype(layer.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"to_dense: dtype must be floating-point, such as float32 or bfloat16; got {dtype}")
     return _decode(layer, dtype=dtype, backend=requested_backend())

@@ -191,9 +191,15 @@ class MdCSR:
                 f"MdCSR({size}, {self.nnz:,} entries ({stored:.1%}), {kind}, "
                 f"{self.bits_per_weight:.2f} bits per weight)"
             )
-        except (AttributeError, TypeError, IndexError, jax.errors.JAXTypeError):
-            leaves = ", ".join(f"{f}={getattr(self, f)!r}" for f in PLANES)
+        except (AttributeError, TypeError, IndexError, RuntimeError, jax.errors.JAXTypeError):
+            leaves = ", ".join(f"{f}={_describe(getattr(self, f))}" for f in PLANES)
             return f"MdCSR(shape={self.shape}, {kind}, {leaves})"
+
+
+def _describe(leaf: Any) -> str:
+    # The content of an array that was donated, or lies on other hosts, cannot be printed.
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return f"{leaf.dtype}{list(leaf.shape)}" if concrete else repr(leaf)
 
 
 PLANES = ("values", "delta_indices", "scales", "row_pointers", "prime_indices")

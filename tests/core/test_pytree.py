@@ -139,3 +139,9 @@ def test_sizes_of_a_stack_are_sums_over_its_layers():
     assert stacked.density == stacked.true_nnz / (3 * 35)
     assert stacked.bits_per_weight == 8 * stacked.nbytes / (3 * 35)
     assert jnp.shape(stacked.to_dense()) == (3, 5, 7)
+
+
+def test_a_donated_layer_can_still_be_printed():
+    layer = Case("random", (5, 7)).layer
+    jax.tree.map(lambda leaf: leaf.delete(), layer)
+    assert "values=int8[" in repr(layer)

@@ -84,3 +84,9 @@ def test_spmv_is_the_product_with_one_vector():
     np.testing.assert_array_equal(case.layer.spmv(v), case.layer.spmv(np.asarray(v)))
     with pytest.raises(AssertionError, match="rank"):
         case.layer.spmv(case.x(2))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "bool"])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype):
+    with pytest.raises(TypeError, match="floating-point"):
+        Case("random", (3, 5)).layer.to_dense(dtype)

@@ -73,8 +73,8 @@ class Weights:
 @functools.cache
 def make(name: str) -> tuple[Any, dict[str, Any], dict[str, np.ndarray]]:
     """Returns the model of `transformers`, its configuration under Hugging Face's keys, and its weights."""
-    pytest.importorskip("transformers", reason='needs transformers and torch: pip install "upg-jax[test]"')
-    torch = pytest.importorskip("torch", reason='needs torch: pip install "upg-jax[test]"')
+    pytest.importorskip("transformers", reason='needs transformers and torch: pip install "upg-jax[oracle]"')
+    torch = pytest.importorskip("torch", reason='needs torch: pip install "upg-jax[oracle]"')
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

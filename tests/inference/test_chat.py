@@ -55,7 +55,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_templates_render_as_in_transformers(name, add_generation_prompt):
     utils = pytest.importorskip(
-        "transformers.utils.chat_template_utils", reason='pip install "upg-jax[test]"'
+        "transformers.utils.chat_template_utils", reason='pip install "upg-jax[oracle]"'
     )
     rendered, _ = utils.render_jinja_template(
         conversations=[MESSAGES],

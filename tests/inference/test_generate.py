@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_llama import compressed_model, dense_model, make
@@ -180,3 +181,9 @@ def test_an_empty_batch_has_no_answers(model):
 def test_ids_may_be_an_array(model, alone):
     assert model.generate(np.array(PROMPTS[0], np.uint16), max_new_tokens=NEW) == alone[0]
     assert model.generate([np.array(PROMPTS[0])], max_new_tokens=NEW) == alone[:1]
+
+
+def test_ids_on_a_device_are_one_prompt(model, alone):
+    ids = prompt_of(5)
+    expected = model.generate(ids, max_new_tokens=3)
+    assert model.generate(jnp.asarray(ids, jnp.int32), max_new_tokens=3) == expected

@@ -87,8 +87,8 @@ def test_filters_keep_what_sorting_keeps(seed):
 
 
 def test_filters_keep_what_transformers_keeps():
-    transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[test]"')
-    torch = pytest.importorskip("torch", reason='pip install "upg-jax[test]"')
+    transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[oracle]"')
+    torch = pytest.importorskip("torch", reason='pip install "upg-jax[oracle]"')
     logits = np.random.default_rng(0).normal(size=(1, 500)).astype(np.float32) * 3
     for temperature, top_k, top_p in [(0.7, 40, 0.9), (1.3, 200, 0.5), (1.0, 3, 0.99)]:
         scores = torch.tensor(logits)
@@ -191,3 +191,19 @@ def test_settings_are_arrays_so_that_none_recompiles():
         draw(logits, Sampling.create(2, **settings), positions(2))
     assert draw._cache_size() == 1
     assert {f.name for f in dataclasses.fields(Sampling)} == {"temperature", "top_k", "top_p", "key"}
+
+
+def test_numpy_integers_are_seeds_like_any_other():
+    for seed in (np.int64(3), [np.int64(3), 4]):
+        np.testing.assert_array_equal(Sampling.create(2, seed=seed).key, Sampling.create(2, seed=3).key)
+
+
+def test_a_top_p_below_the_smallest_float_keeps_the_likeliest_token():
+    logits = jnp.array([[0.0, 3.0, 1.0]])
+    sampling = Sampling.create(1, temperature=1.0, top_p=1e-50, seed=0)
+    assert int(sample(logits, sampling, positions(1))[0]) == 1
+
+
+def test_a_fractional_top_k_is_refused():
+    with pytest.raises(ValueError, match="top_k must be an integer"):
+        Sampling.create(1, top_k=2.5)

@@ -128,6 +128,13 @@ def test_the_environment_variable_forces_one(monkeypatch):
     assert traced_backends(lambda x: sparse_dense(x, CASE.layer), CASE.x(2)) == ["reference"]
 
 
+def test_an_empty_environment_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("UPG_JAX_BACKEND", "")
+    unforced = choose_backend("cpu")
+    monkeypatch.delenv("UPG_JAX_BACKEND")
+    assert choose_backend("cpu") == unforced
+
+
 def test_use_backend_takes_precedence_over_the_environment(monkeypatch):
     monkeypatch.setenv("UPG_JAX_BACKEND", "fpga")
     with use_backend("reference"):

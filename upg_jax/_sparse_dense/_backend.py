@@ -50,7 +50,7 @@ def requested_backend() -> str:
     Raises:
         BackendError: if it does not exist or cannot be used here, with the reason.
     """
-    backend = _requested.value or os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    backend = _requested.value or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if backend != "auto" and (reason := unavailable_reason(backend)):
         raise BackendError(f"backend {backend!r} cannot be used here: {reason}; use 'auto' or 'reference'")
     return backend

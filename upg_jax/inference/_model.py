@@ -252,7 +252,7 @@ jax.tree_util.register_dataclass(
 def _is_single(prompt: Any) -> bool:
     if isinstance(prompt, str):
         return True
-    if isinstance(prompt, np.ndarray):
+    if isinstance(prompt, (np.ndarray, jax.Array)):
         return prompt.ndim == 1
     return len(prompt) > 0 and all(isinstance(token, (int, np.integer)) for token in prompt)
 

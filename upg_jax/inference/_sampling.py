@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,13 +55,19 @@ class Sampling:
         """
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"generate: temperature must be finite and at least 0; got {temperature!r}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k must be at least 1, or None to keep all tokens; got {top_k!r}")
+        if top_k is not None and (not isinstance(top_k, (int, np.integer)) or top_k < 1):
+            raise ValueError(
+                f"generate: top_k must be an integer of at least 1, or None to keep all tokens; got {top_k!r}"
+            )
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"generate: top_p must be in (0, 1]; got {top_p!r}")
         if seed is None:
             seed = secrets.randbits(63)
-        seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+        seeds = (
+            [int(seed) + row for row in range(batch)]
+            if isinstance(seed, (int, np.integer))
+            else [operator.index(s) for s in seed]
+        )
         if len(seeds) != batch:
             raise ValueError(
                 f"generate: seed must be one integer, or one for each of {batch} rows; got {seed!r}"
@@ -68,7 +75,7 @@ class Sampling:
         return cls(
             temperature=np.full(batch, temperature, np.float32),
             top_k=np.full(batch, min(top_k or 0, np.iinfo(np.int32).max), np.int32),
-            top_p=np.full(batch, 1.0 if top_p is None else top_p, np.float32),
+            top_p=np.full(batch, 1.0 if top_p is None else max(top_p, np.finfo(np.float32).tiny), np.float32),
             key=np.array([[s >> 32 & 0xFFFFFFFF, s & 0xFFFFFFFF] for s in seeds], np.uint32),
         )
 

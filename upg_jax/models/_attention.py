@@ -61,8 +61,8 @@ def attend_cached(
         positions: int32 `(batch, tokens)`.
         filled: int32 scalar, at least the largest of the positions that matter, plus 1.
     """
-    unrolled = isinstance(keys, tuple)
-    windows = window_lengths((keys[0] if unrolled else keys).shape[-2], q.shape[1], unrolled)
+    one_of = keys[0] if isinstance(keys, tuple) else keys
+    windows = window_lengths(one_of.shape[-2], q.shape[1], isinstance(keys, tuple))
     branches = [
         lambda length=length: attend(q, read(keys, layer, length), read(values, layer, length), positions)
         for length in windows

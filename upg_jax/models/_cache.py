@@ -83,9 +83,9 @@ def write(buffers: LayerBuffers, layer: Any, new: jax.Array, positions: jax.Arra
     """
     rows = jnp.arange(new.shape[0])[:, None]
     if isinstance(buffers, tuple):
-        updated = buffers[layer].at[rows, :, positions].set(new, mode="drop", unique_indices=True)
+        updated = buffers[layer].at[rows, :, positions].set(new, mode="drop")
         return (*buffers[:layer], updated, *buffers[layer + 1 :])
-    return buffers.at[layer, rows, :, positions].set(new, mode="drop", unique_indices=True)
+    return buffers.at[layer, rows, :, positions].set(new, mode="drop")
 
 
 def read(buffers: LayerBuffers, layer: Any, length: int) -> jax.Array:
