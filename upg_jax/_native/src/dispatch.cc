@@ -2,14 +2,26 @@
 
 #include <atomic>
 
+#ifdef UPG_HAVE_X86_KERNELS
+#include <cpuid.h>
+#endif
+
 namespace upg {
 namespace {
+
+#ifdef UPG_HAVE_X86_KERNELS
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 std::vector<const Kernels*> find_usable_kernels() {
   std::vector<const Kernels*> usable;
 #ifdef UPG_HAVE_X86_KERNELS
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) usable.push_back(&kAvx512Kernels);

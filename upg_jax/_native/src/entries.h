@@ -40,18 +40,25 @@ struct Tail {
 };
 
 // Adding up deltas is a chain of eight additions, one cycle each. That is not what limits the kernels, and shorter
-// prefix sums by shuffles or multiplication measured slower.
+// prefix sums by shuffles or multiplication measured slower. What limits them on the prime manifold is loads, of which
+// one word makes fewer than eight bytes do; on the unit manifold it is instructions, and shifting a word takes more.
+template <bool kPrime>
 inline void columns_of(const std::uint8_t* deltas, size_t column, size_t* c) {
-  std::uint64_t word;
-  __builtin_memcpy(&word, deltas, sizeof word);
-  c[0] = column + (word & 255);
-  c[1] = c[0] + ((word >> 8) & 255);
-  c[2] = c[1] + ((word >> 16) & 255);
-  c[3] = c[2] + ((word >> 24) & 255);
-  c[4] = c[3] + ((word >> 32) & 255);
-  c[5] = c[4] + ((word >> 40) & 255);
-  c[6] = c[5] + ((word >> 48) & 255);
-  c[7] = c[6] + (word >> 56);
+  if constexpr (kPrime) {
+    std::uint64_t word;
+    __builtin_memcpy(&word, deltas, sizeof word);
+    c[0] = column + (word & 255);
+    c[1] = c[0] + ((word >> 8) & 255);
+    c[2] = c[1] + ((word >> 16) & 255);
+    c[3] = c[2] + ((word >> 24) & 255);
+    c[4] = c[3] + ((word >> 32) & 255);
+    c[5] = c[4] + ((word >> 40) & 255);
+    c[6] = c[5] + ((word >> 48) & 255);
+    c[7] = c[6] + (word >> 56);
+  } else {
+    c[0] = column + deltas[0];
+    for (size_t j = 1; j < 8; ++j) c[j] = c[j - 1] + deltas[j];
+  }
 }
 
 // Exact: |q * P[k]| < 2**24.
@@ -87,7 +94,7 @@ inline void for_entries(const Layer& layer, size_t begin, size_t end, size_t col
     const std::uint8_t* d = layer.deltas + i;
     const std::uint16_t* k = primes_at<kPrime>(layer, i);
     if (i + 8 <= end) {
-      columns_of(d, column, c);
+      columns_of<kPrime>(d, column, c);
       if (UPG_UNLIKELY(c[7] >= layer.columns)) {
         for (size_t j = 0; c[j] < layer.columns; ++j) use_one(c[j], q[j], k + j);
         return;
@@ -96,7 +103,7 @@ inline void for_entries(const Layer& layer, size_t begin, size_t end, size_t col
       column = c[7];
     } else {
       const Tail tail(layer, i, end - i);
-      columns_of(tail.deltas, column, c);
+      columns_of<kPrime>(tail.deltas, column, c);
       if (UPG_UNLIKELY(c[7] >= layer.columns)) {
         for (size_t j = 0; c[j] < layer.columns; ++j) use_one(c[j], tail.values[j], tail.primes + j);
         return;

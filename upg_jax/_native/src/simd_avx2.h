@@ -45,6 +45,16 @@ struct Avx2 {
     const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
     return _mm256_cvtepi32_ps(both);
   }
+  static std::uint32_t running_columns(const std::uint8_t* deltas, std::uint32_t column, std::uint32_t* columns) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(deltas));
+    __m128i sums = _mm_cvtepu8_epi16(bytes);
+    sums = _mm_add_epi16(sums, _mm_slli_si128(sums, 2));
+    sums = _mm_add_epi16(sums, _mm_slli_si128(sums, 4));
+    sums = _mm_add_epi16(sums, _mm_slli_si128(sums, 8));
+    const __m256i all = _mm256_add_epi32(_mm256_cvtepu16_epi32(sums), _mm256_set1_epi32(static_cast<int>(column)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns), all);
+    return column + static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm_sad_epu8(bytes, _mm_setzero_si128())));
+  }
   // Eight loads, not a gather instruction: twice as fast on Zen 4, and Intel's is slow where Downfall is mitigated.
   static Eight gather(const float* x, const size_t* c) {
     return _mm256_set_m128(gather_four(x, c + 4), gather_four(x, c));

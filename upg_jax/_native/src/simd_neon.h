@@ -47,6 +47,17 @@ struct Neon {
     const uint32x4_t second = vreinterpretq_u32_u16(vzip2q_u16(low, high));
     return {vcvtq_f32_u32(first), vcvtq_f32_u32(second)};
   }
+  static std::uint32_t running_columns(const std::uint8_t* deltas, std::uint32_t column, std::uint32_t* columns) {
+    const uint16x8_t zero = vdupq_n_u16(0);
+    uint16x8_t sums = vmovl_u8(vld1_u8(deltas));
+    sums = vaddq_u16(sums, vextq_u16(zero, sums, 7));
+    sums = vaddq_u16(sums, vextq_u16(zero, sums, 6));
+    sums = vaddq_u16(sums, vextq_u16(zero, sums, 4));
+    const uint32x4_t start = vdupq_n_u32(column);
+    vst1q_u32(columns, vaddw_u16(start, vget_low_u16(sums)));
+    vst1q_u32(columns + 4, vaddw_high_u16(start, sums));
+    return column + vgetq_lane_u16(sums, 7);
+  }
   static Eight gather(const float* x, const size_t* c) { return {gather_four(x, c), gather_four(x, c + 4)}; }
   static Eight from_half(const std::uint16_t* h) {
     const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(h));

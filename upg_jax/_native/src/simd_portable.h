@@ -63,6 +63,11 @@ struct Portable {
     }
     return v;
   }
+  // The columns of eight entries, the first of which counts from `column`; returns the last.
+  static std::uint32_t running_columns(const std::uint8_t* deltas, std::uint32_t column, std::uint32_t* columns) {
+    for (int i = 0; i < 8; ++i) columns[i] = column += deltas[i];
+    return column;
+  }
   static Eight gather(const float* x, const size_t* c) {
     Eight v;
     for (int i = 0; i < 8; ++i) v.lane[i] = x[c[i]];
@@ -80,16 +85,21 @@ struct Portable {
     return total;
   }
 
-  using Wide = Eight;
-  static constexpr size_t kLanes = 8;
+  // GCC's and Clang's vectors: their loops over arrays as long as a register do not all become vector code.
+  using Wide = float __attribute__((vector_size(16)));
+  static constexpr size_t kLanes = 4;
   static constexpr size_t kUnits = 2;
-  static Wide wide_zero() { return zero(); }
-  static Wide wide_load(const float* p) { return load(p); }
-  static void wide_store(float* p, Wide v) { store(p, v); }
-  static Wide wide_broadcast(float x) { return broadcast(x); }
-  static Wide wide_add(Wide a, Wide b) { return add(a, b); }
-  static Wide wide_multiply(Wide a, Wide b) { return multiply(a, b); }
-  static Wide wide_multiply_add(Wide a, Wide b, Wide c) { return multiply_add(a, b, c); }
+  static Wide wide_zero() { return Wide{}; }
+  static Wide wide_load(const float* p) {
+    Wide v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void wide_store(float* p, Wide v) { __builtin_memcpy(p, &v, sizeof v); }
+  static Wide wide_broadcast(float x) { return Wide{x, x, x, x}; }
+  static Wide wide_add(Wide a, Wide b) { return a + b; }
+  static Wide wide_multiply(Wide a, Wide b) { return a * b; }
+  static Wide wide_multiply_add(Wide a, Wide b, Wide c) { return a * b + c; }
 };
 
 }  // namespace

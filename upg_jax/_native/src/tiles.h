@@ -18,14 +18,14 @@ struct Blocks {
 
   Blocks(const Layer& layer, size_t width) {
     constexpr size_t kFirstLevelFloats = 16 * 1024 / sizeof(float);
-    // A row's visit to a block costs about ten entries' time, so it should find several times as many there.
-    constexpr size_t kEntriesPerVisit = 40;
+    // A row's visit to a block costs a fixed time, so there should be this many multiplications to do there.
+    constexpr size_t kMultiplicationsPerVisit = 2560;
     const size_t entries = layer.rows ? smaller(layer.row_pointers[layer.rows], layer.capacity) : 0;
-    const auto few_entries = [&](size_t columns) {
-      return columns * entries < kEntriesPerVisit * layer.rows * layer.columns;
+    const auto too_few = [&](size_t columns) {
+      return columns * entries < kMultiplicationsPerVisit / width * layer.rows * layer.columns;
     };
     shift = 4;
-    while (shift < 31 && ((size_t{2} << shift) * width <= kFirstLevelFloats || few_entries(size_t{1} << shift) ||
+    while (shift < 31 && ((size_t{2} << shift) * width <= kFirstLevelFloats || too_few(size_t{1} << shift) ||
                           (layer.columns >> shift) >= Workspace::kBlocks)) {
       ++shift;
     }
@@ -33,24 +33,26 @@ struct Blocks {
   }
 };
 
-// Decodes entries [begin, end) of a row to `columns` and `levels`, padded to a multiple of 8 and followed by 8 columns
-// beyond the matrix; returns how many lie inside it.
+// Decodes entries [begin, end) of a row, the first of which counts from `column`. Writes groups of eight and, behind
+// the last entry inside the matrix, eight columns beyond it; returns how many entries that are.
 template <class Isa, bool kPrime>
 inline size_t decode_entries(const Layer& layer, size_t begin, size_t end, size_t column, std::uint32_t* columns,
                              float* levels) {
+  std::uint32_t last = static_cast<std::uint32_t>(column);
   size_t n = 0;
-  for_entries<kPrime>(
-      layer, begin, end, column,
-      [&](const size_t* c, const std::int8_t* q, const std::uint16_t* k) {
-        for (size_t j = 0; j < 8; ++j) columns[n + j] = static_cast<std::uint32_t>(c[j]);
-        Isa::store(levels + n, levels_of<Isa, kPrime>(q, k));
-        n += 8;
-      },
-      [&](size_t c, std::int8_t q, const std::uint16_t* k) {
-        columns[n] = static_cast<std::uint32_t>(c);
-        levels[n++] = level_of<kPrime>(q, k);
-      });
+  for (size_t i = begin; i < end && last < layer.columns; i += 8, n += 8) {
+    if (i + 8 <= end) {
+      last = Isa::running_columns(layer.deltas + i, last, columns + n);
+      Isa::store(levels + n, levels_of<Isa, kPrime>(layer.values + i, primes_at<kPrime>(layer, i)));
+    } else {
+      const Tail tail(layer, i, end - i);
+      last = Isa::running_columns(tail.deltas, last, columns + n);
+      Isa::store(levels + n, levels_of<Isa, kPrime>(tail.values, tail.primes));
+    }
+  }
   n = smaller(n, end - begin);
+  // Columns never fall along a row, so the first one outside the matrix ends it.
+  while (n > 0 && UPG_UNLIKELY(columns[n - 1] >= layer.columns)) --n;
   for (size_t j = 0; j < 8; ++j) columns[n + j] = ~std::uint32_t{0};
   return n;
 }

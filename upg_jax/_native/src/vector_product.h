@@ -14,24 +14,31 @@ inline float gathered_product(const Layer& layer, size_t begin, size_t end, size
   using Eight = typename Isa::Eight;
   Eight sums[2] = {Isa::zero(), Isa::zero()};
   float rest = 0;
-  // Two groups a turn, so that consecutive sums do not wait for one another.
-  size_t c[16];
+  const std::int8_t* const values = layer.values;
+  const std::uint8_t* const deltas = layer.deltas;
+  const size_t columns = layer.columns;
   size_t i = begin;
+  // Two groups a turn, so that consecutive sums do not wait for one another.
   for (; i + 16 <= end; i += 16) {
-    columns_of(layer.deltas + i, column, c);
-    columns_of(layer.deltas + i + 8, c[7], c + 8);
-    if (UPG_UNLIKELY(c[15] >= layer.columns)) break;
-    for (size_t half = 0; half < 2; ++half) {
-      const size_t at = i + 8 * half;
-      const Eight levels = levels_of<Isa, kPrime>(layer.values + at, primes_at<kPrime>(layer, at));
-      sums[half] = Isa::multiply_add(levels, Isa::gather(x, c + 8 * half), sums[half]);
+    size_t c[8];
+    columns_of<kPrime>(deltas + i, column, c);
+    if (UPG_UNLIKELY(c[7] >= columns)) break;
+    const Eight first = levels_of<Isa, kPrime>(values + i, primes_at<kPrime>(layer, i));
+    sums[0] = Isa::multiply_add(first, Isa::gather(x, c), sums[0]);
+    column = c[7];
+    columns_of<kPrime>(deltas + i + 8, column, c);
+    if (UPG_UNLIKELY(c[7] >= columns)) {
+      i += 8;
+      break;
     }
-    column = c[15];
+    const Eight second = levels_of<Isa, kPrime>(values + i + 8, primes_at<kPrime>(layer, i + 8));
+    sums[1] = Isa::multiply_add(second, Isa::gather(x, c), sums[1]);
+    column = c[7];
   }
   for_entries<kPrime>(
       layer, i, end, column,
-      [&](const size_t* columns, const std::int8_t* q, const std::uint16_t* k) {
-        sums[0] = Isa::multiply_add(levels_of<Isa, kPrime>(q, k), Isa::gather(x, columns), sums[0]);
+      [&](const size_t* c, const std::int8_t* q, const std::uint16_t* k) {
+        sums[0] = Isa::multiply_add(levels_of<Isa, kPrime>(q, k), Isa::gather(x, c), sums[0]);
       },
       [&](size_t at, std::int8_t q, const std::uint16_t* k) { rest += level_of<kPrime>(q, k) * x[at]; });
   return Isa::sum(Isa::add(sums[0], sums[1])) + rest;

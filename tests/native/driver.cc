@@ -1,0 +1,294 @@
+// Runs every usable set of kernels against a plain loop over the entries, with and without threads, on valid planes and
+// on garbage. Made for sanitizers and for emulators; prints what it ran and exits with 1 on the first mistake.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "execution.h"
+#include "half.h"
+#include "plan.h"
+
+namespace {
+
+using upg::Element;
+using upg::Layer;
+
+std::mt19937 rng(20240229);
+
+size_t below(size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(rng); }
+float uniform() { return std::uniform_real_distribution<float>(-1, 1)(rng); }
+
+std::vector<std::uint32_t> first_primes() {
+  std::vector<std::uint32_t> found;
+  for (std::uint32_t n = 2; found.size() < 10000; ++n) {
+    bool prime = true;
+    for (size_t i = 0; i < found.size() && found[i] * found[i] <= n && prime; ++i) prime = n % found[i] != 0;
+    if (prime) found.push_back(n);
+  }
+  return found;
+}
+
+// Planes on the heap at their exact length, so that AddressSanitizer sees a read past their end.
+struct Planes {
+  std::vector<std::int8_t> values;
+  std::vector<std::uint8_t> deltas;
+  std::vector<std::uint16_t> primes;
+  std::vector<float> scales;
+  std::vector<std::uint32_t> row_pointers;
+  size_t columns = 0;
+  bool prime = false;
+
+  Layer layer() const {
+    return {values.data(), deltas.data(),      prime ? primes.data() : nullptr, scales.data(), row_pointers.data(),
+            scales.size(), columns,            values.size()};
+  }
+};
+
+void add_entry(Planes& p, size_t delta, int value) {
+  p.deltas.push_back(static_cast<std::uint8_t>(delta));
+  p.values.push_back(static_cast<std::int8_t>(value));
+  p.primes.push_back(static_cast<std::uint16_t>(value ? below(10000) : 0));
+}
+
+Planes random_planes(size_t rows, size_t columns, double density, size_t alignment, bool prime) {
+  Planes p;
+  p.columns = columns;
+  p.prime = prime;
+  p.row_pointers.push_back(0);
+  for (size_t row = 0; row < rows; ++row) {
+    const double kept = row % 7 == 3 ? 0 : row % 7 == 5 ? 1 : density;
+    size_t previous = 0;
+    for (size_t c = 0; c < columns; ++c) {
+      if (std::uniform_real_distribution<double>(0, 1)(rng) >= kept) continue;
+      for (; c - previous > 255; previous += 255) add_entry(p, 255, 0);
+      add_entry(p, c - previous, static_cast<int>(below(255)) - 127);
+      previous = c;
+    }
+    while (p.values.size() % alignment) add_entry(p, 0, 0);
+    p.row_pointers.push_back(static_cast<std::uint32_t>(p.values.size()));
+    p.scales.push_back(0.01f + std::abs(uniform()));
+  }
+  return p;
+}
+
+// `sorted` row pointers are valid; others are as bad as they can be.
+Planes garbage(size_t rows, size_t columns, size_t capacity, bool sorted, bool prime) {
+  Planes p;
+  p.columns = columns;
+  p.prime = prime;
+  for (size_t i = 0; i < capacity; ++i) {
+    p.values.push_back(static_cast<std::int8_t>(below(256)));
+    p.deltas.push_back(static_cast<std::uint8_t>(below(256)));
+    p.primes.push_back(static_cast<std::uint16_t>(below(65536)));
+  }
+  for (size_t row = 0; row <= rows; ++row) {
+    const size_t pointer = sorted ? below(capacity + 1) : below(std::size_t{1} << 32);
+    p.row_pointers.push_back(static_cast<std::uint32_t>(pointer));
+  }
+  if (sorted) std::sort(p.row_pointers.begin(), p.row_pointers.end());
+  p.scales.assign(rows, 0.5f);
+  return p;
+}
+
+struct Dense {
+  std::vector<double> weights, magnitudes;
+  std::vector<float> rounded;
+};
+
+Dense plain_decode(const Planes& p) {
+  static const std::vector<std::uint32_t> primes = first_primes();
+  const size_t rows = p.scales.size();
+  Dense d{std::vector<double>(rows * p.columns), std::vector<double>(rows * p.columns),
+          std::vector<float>(rows * p.columns)};
+  for (size_t row = 0; row < rows; ++row) {
+    size_t column = 0;
+    for (size_t i = p.row_pointers[row]; i < p.row_pointers[row + 1]; ++i) {
+      column += p.deltas[i];
+      if (column >= p.columns) break;
+      const size_t k = p.primes[i] < 9999 ? p.primes[i] : 9999;
+      const double level = p.values[i] * (p.prime ? static_cast<double>(primes[k]) : 1.0);
+      d.weights[row * p.columns + column] += level * p.scales[row];
+      d.magnitudes[row * p.columns + column] += std::abs(level) * p.scales[row];
+      d.rounded[row * p.columns + column] += static_cast<float>(level);
+    }
+    for (size_t c = 0; c < p.columns; ++c) d.rounded[row * p.columns + c] *= p.scales[row];
+  }
+  return d;
+}
+
+void run(std::unique_ptr<upg::Plan> plan, size_t threads) {
+  const auto execution = std::make_shared<upg::Execution>(std::move(plan), [] {});
+  std::vector<std::thread> others;
+  for (size_t i = 1; i < threads; ++i) others.emplace_back([execution] { execution->work(); });
+  execution->work();
+  for (std::thread& other : others) other.join();
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+void expect(bool condition, const std::string& what) {
+  if (!condition) fail(what);
+}
+
+struct Bits {
+  std::vector<std::uint16_t> halves;
+  std::vector<float> floats;
+};
+
+// Random numbers of a type, and the same as floats.
+Bits random_vectors(size_t count, Element element) {
+  Bits b;
+  for (size_t i = 0; i < count; ++i) {
+    if (element == Element::kFloat32) {
+      b.floats.push_back(uniform());
+      continue;
+    }
+    // Any number of magnitude below 2, in either format.
+    const auto bits = static_cast<std::uint16_t>(below(2) << 15 | below(0x4000));
+    b.halves.push_back(bits);
+    b.floats.push_back(element == Element::kFloat16 ? upg::float_from_half(bits) : upg::float_from_bfloat16(bits));
+  }
+  return b;
+}
+
+const void* data(const Bits& b) {
+  return b.halves.empty() ? static_cast<const void*>(b.floats.data()) : static_cast<const void*>(b.halves.data());
+}
+
+struct Products {
+  std::vector<float> forward, transposed;
+};
+
+Products multiply(const Planes& p, const Bits& x, const Bits& g, Element element, size_t vectors, size_t threads) {
+  const std::int32_t index = 0;
+  const upg::Stack stack{p.layer(), 1, &index, 1};
+  Products out{std::vector<float>(vectors * p.scales.size(), NAN), std::vector<float>(vectors * p.columns, NAN)};
+  std::vector<float> scratch(upg::product_scratch(stack, vectors), NAN);
+  run(upg::product_plan(stack, {data(x), element, vectors}, out.forward.data(), scratch.data()), threads);
+  scratch.assign(upg::transposed_scratch(stack, vectors), NAN);
+  run(upg::transposed_plan(stack, {data(g), element, vectors}, out.transposed.data(), scratch.data()), threads);
+  return out;
+}
+
+void check_products(const Planes& p, const Dense& dense, size_t vectors, Element element, const std::string& what) {
+  const size_t rows = p.scales.size();
+  const Bits x = random_vectors(vectors * p.columns, element), g = random_vectors(vectors * rows, element);
+  const Products out = multiply(p, x, g, element, vectors, 1);
+  const double unit = std::ldexp(1.0, -24);
+  for (size_t v = 0; v < vectors; ++v) {
+    for (size_t row = 0; row < rows; ++row) {
+      double sum = 0, magnitude = 0;
+      for (size_t c = 0; c < p.columns; ++c) {
+        const double element_of_x = static_cast<double>(x.floats[v * p.columns + c]);
+        sum += dense.weights[row * p.columns + c] * element_of_x;
+        magnitude += dense.magnitudes[row * p.columns + c] * std::abs(element_of_x);
+      }
+      const double terms = p.row_pointers[row + 1] - p.row_pointers[row] + 2.0;
+      const double error = std::abs(static_cast<double>(out.forward[v * rows + row]) - sum);
+      expect(error <= (2 * terms + 1) * unit * magnitude, what + ": product, row " + std::to_string(row));
+    }
+    for (size_t c = 0; c < p.columns; ++c) {
+      double sum = 0, magnitude = 0;
+      for (size_t row = 0; row < rows; ++row) {
+        const double element_of_g = static_cast<double>(g.floats[v * rows + row]);
+        sum += dense.weights[row * p.columns + c] * element_of_g;
+        magnitude += dense.magnitudes[row * p.columns + c] * std::abs(element_of_g);
+      }
+      const double error = std::abs(static_cast<double>(out.transposed[v * p.columns + c]) - sum);
+      const double terms = static_cast<double>(rows) + 12;
+      expect(error <= (2 * terms + 1) * unit * magnitude, what + ": transposed product, column " + std::to_string(c));
+    }
+  }
+  const Products threaded = multiply(p, x, g, element, vectors, 3);
+  expect(std::memcmp(out.forward.data(), threaded.forward.data(), out.forward.size() * 4) == 0, what + ": threads");
+  expect(std::memcmp(out.transposed.data(), threaded.transposed.data(), out.transposed.size() * 4) == 0,
+         what + ": threads, transposed");
+}
+
+void check_decode(const Planes& p, const Dense& dense, const std::string& what) {
+  std::vector<float> out(dense.rounded.size(), NAN);
+  const upg::Stack stack{p.layer(), 1, nullptr, 1};
+  run(upg::decode_plan(stack, out.data()), 2);
+  expect(std::memcmp(out.data(), dense.rounded.data(), out.size() * sizeof(float)) == 0, what + ": decode");
+}
+
+void check_outside(const Planes& p, const std::string& what) {
+  size_t expected = p.scales.size();
+  for (size_t row = p.scales.size(); row-- > 0;) {
+    size_t last = 0;
+    for (size_t i = p.row_pointers[row]; i < p.row_pointers[row + 1]; ++i) last += p.deltas[i];
+    if (p.row_pointers[row] < p.row_pointers[row + 1] && last >= p.columns) expected = row;
+  }
+  expect(upg::kernels().first_row_outside(p.layer()) == expected, what + ": first row outside");
+}
+
+void check_halves() {
+  for (std::uint32_t h = 0; h < 65536; h += 8) {
+    std::uint16_t in[8];
+    float half[8];
+    for (std::uint32_t j = 0; j < 8; ++j) in[j] = static_cast<std::uint16_t>(h + j);
+    upg::kernels().to_float(in, Element::kFloat16, half, 8);
+    for (int j = 0; j < 8; ++j) {
+      const float expected = upg::float_from_half(in[j]);
+      expect(half[j] == expected || (std::isnan(half[j]) && std::isnan(expected)), "float16 " + std::to_string(in[j]));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const size_t shapes[][2] = {{1, 1}, {1, 3}, {3, 1}, {33, 67}, {67, 33}, {20, 700}, {130, 300}};
+  const size_t counts[] = {1, 2, 3, 4, 15, 16, 17, 33, 63, 64, 65, 130};
+  size_t checks = 0;
+  for (const upg::Kernels* kernels : upg::usable_kernels()) {
+    upg::choose_kernels(kernels->name);
+    check_halves();
+    for (const bool prime : {false, true}) {
+      const std::string name = std::string(kernels->name) + (prime ? " prime" : " unit");
+      for (const auto& shape : shapes) {
+        for (const double density : {0.02, 0.25, 0.6, 1.0}) {
+          for (const size_t alignment : {size_t{1}, size_t{8}}) {
+            const Planes p = random_planes(shape[0], shape[1], density, alignment, prime);
+            const Dense dense = plain_decode(p);
+            const std::string what = name + " " + std::to_string(shape[0]) + "x" + std::to_string(shape[1]) +
+                                     " at " + std::to_string(density);
+            check_decode(p, dense, what);
+            check_outside(p, what);
+            const size_t count = counts[checks++ % std::size(counts)];
+            const Element element = static_cast<Element>(checks % 3);
+            check_products(p, dense, count, element, what + ", " + std::to_string(count) + " vectors");
+          }
+        }
+      }
+      // A row longer than a workspace.
+      const Planes wide = random_planes(6, 70001, 0.9, 1, prime);
+      check_products(wide, plain_decode(wide), 17, Element::kFloat32, name + " wide");
+      for (int i = 0; i < 200; ++i) {
+        const Planes valid = garbage(1 + below(9), 1 + below(900), below(300), true, prime);
+        const Dense dense = plain_decode(valid);
+        check_decode(valid, dense, name + " garbage");
+        check_outside(valid, name + " garbage");
+        check_products(valid, dense, 1 + below(20), Element::kFloat32, name + " garbage");
+        const Planes broken = garbage(1 + below(9), 1 + below(900), below(300), false, prime);
+        const size_t vectors = 1 + below(20);
+        const Bits x = random_vectors(vectors * broken.columns, Element::kFloat32);
+        const Bits g = random_vectors(vectors * broken.scales.size(), Element::kFloat32);
+        multiply(broken, x, g, Element::kFloat32, vectors, 2);
+        upg::kernels().first_row_outside(broken.layer());
+      }
+    }
+    std::printf("%s: ok\n", kernels->name);
+  }
+  return 0;
+}
