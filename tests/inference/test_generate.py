@@ -187,3 +187,10 @@ def test_ids_on_a_device_are_one_prompt(model, alone):
     ids = prompt_of(5)
     expected = model.generate(ids, max_new_tokens=3)
     assert model.generate(jnp.asarray(ids, jnp.int32), max_new_tokens=3) == expected
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused_before_memory_is_taken(model):
+    with pytest.raises(
+        ValueError, match=r"prompt of 5 tokens and max_new_tokens=10{12} exceed the \d+ positions"
+    ):
+        model.generate(prompt_of(5), max_new_tokens=10**12)

@@ -114,6 +114,12 @@ def token_batches(
     stops = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
     lengths = [len(prompt) for prompt in prompts]
+    limit = model.config.max_position_embeddings
+    if max(lengths) + max_new_tokens > limit:
+        raise ValueError(
+            f"generate: a prompt of {max(lengths)} tokens and max_new_tokens={max_new_tokens} exceed the {limit} "
+            "positions that the model was made for; shorten the prompt or lower max_new_tokens"
+        )
     cache = model.init_cache(len(prompts), cache_capacity(max(lengths) + max_new_tokens))
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
     for start in range(0, max(lengths), CHUNK):

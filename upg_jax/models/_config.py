@@ -25,7 +25,7 @@ class DecoderConfig:
         num_heads: query heads.
         num_kv_heads: key and value heads; divides `num_heads`.
         head_dim: features of one head; even.
-        max_position_embeddings: positions that the model was made for; nothing stops longer contexts.
+        max_position_embeddings: positions that the model was made for; generation stays within them.
         rms_norm_eps: added to the mean square.
         rope: rotary position embedding.
         tie_word_embeddings: the head is the embedding.
