@@ -172,7 +172,7 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
         ({"temperature": -0.1}, "temperature must be finite and at least 0; got -0.1"),
         ({"temperature": float("nan")}, "temperature must be finite and at least 0; got nan"),
         ({"temperature": float("inf")}, "temperature must be finite and at least 0; got inf"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]; got 1.1"),
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\]; got nan"),
