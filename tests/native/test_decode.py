@@ -1,0 +1,60 @@
+"""Decoding to dense: the oracle's bits from every instruction set, and linear in the scales under every transform."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.layers import Case, gaps_matrix, stacked
+from jax.test_util import check_grads
+from oracle.mdcsr import decode_layer
+
+from upg_jax import MdCSR, use_backend
+
+CASES = [
+    Case("random", (33, 67), "prime", "bfloat16", 8),
+    Case("empty_rows", (33, 67), "unit"),
+    Case("full", (5, 300), "prime"),
+    Case("zero", (3, 5)),
+    Case("random", (0, 5)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bits_equal_the_oracle(case, kernels):
+    np.testing.assert_array_equal(np.asarray(case.layer.to_dense(np.float32)), decode_layer(case.layer))
+
+
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+def test_long_gaps(manifold, kernels):
+    layer = MdCSR.from_dense(gaps_matrix(), manifold=manifold)
+    np.testing.assert_array_equal(np.asarray(layer.to_dense()), decode_layer(layer))
+
+
+def test_a_stack_and_a_mapped_stack(kernels):
+    cases = (Case(), Case("full_row"), Case("empty_rows"))
+    layers = stacked(*cases)
+    expected = decode_layer(layers)
+    np.testing.assert_array_equal(np.asarray(layers.to_dense()), expected)
+    np.testing.assert_array_equal(np.asarray(jax.vmap(MdCSR.to_dense)(layers)), expected)
+    pairs = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), layers)
+    np.testing.assert_array_equal(np.asarray(jax.vmap(MdCSR.to_dense)(pairs)), [expected, expected[::-1]])
+
+
+@pytest.mark.parametrize("backend_name", ["native", pytest.param("reference", marks=pytest.mark.slow)])
+def test_derivatives_reach_the_scales(backend_name, library):
+    case = Case("random", (7, 13))
+
+    def decode(scales):
+        return dataclasses.replace(case.layer, scales=scales).to_dense()
+
+    with use_backend(backend_name):
+        check_grads(decode, (case.layer.scales,), order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)
+        many = jnp.stack([case.layer.scales, 2 * case.layer.scales])
+        np.testing.assert_array_equal(jax.vmap(decode)(many), jnp.stack([decode(many[0]), decode(many[1])]))
+        jacobian = jax.jacrev(decode)(case.layer.scales)
+        np.testing.assert_array_equal(jacobian, jax.jacfwd(decode)(case.layer.scales))
+        np.testing.assert_array_equal(jnp.einsum("rcr->rc", jacobian), case.levels.astype(np.float32))

@@ -1,0 +1,79 @@
+"""Any content of the planes is safe: what a valid layer could not hold adds nothing, and nothing crashes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.bounds import assert_within_bound
+
+from upg_jax import MdCSR, sparse_dense
+
+ROWS, COLUMNS, ENTRIES = 9, 300, 400
+
+
+def garbage(rng: np.random.Generator, manifold: str, pointers: np.ndarray) -> MdCSR:
+    return MdCSR(
+        values=jnp.asarray(rng.integers(-128, 128, ENTRIES).astype(np.int8)),
+        delta_indices=jnp.asarray(rng.integers(0, 256, ENTRIES).astype(np.uint8)),
+        prime_indices=jnp.asarray(rng.integers(0, 2**16, ENTRIES).astype(np.uint16))
+        if manifold == "prime"
+        else None,
+        scales=jnp.asarray(rng.uniform(0.5, 2, ROWS).astype(np.float32)),
+        row_pointers=jnp.asarray(pointers.astype(np.uint32)),
+        shape=(ROWS, COLUMNS),
+    )
+
+
+def dropped(layer: MdCSR) -> np.ndarray:
+    """Magnitudes and values of the levels that lie inside the matrix: float64 `(2, rows, columns)`."""
+    from oracle.mdcsr import primes
+
+    planes = {name: np.asarray(getattr(layer, name)).astype(np.int64) for name in ("values", "delta_indices")}
+    dense = np.zeros((2, ROWS, COLUMNS))
+    for row in range(ROWS):
+        begin, end = (int(p) for p in np.asarray(layer.row_pointers)[row : row + 2])
+        columns = np.cumsum(planes["delta_indices"][begin:end])
+        levels = planes["values"][begin:end]
+        if layer.prime_indices is not None:
+            k = np.asarray(layer.prime_indices)[begin:end]
+            levels = levels * np.asarray(primes())[np.minimum(k, 9_999)]
+        inside = columns < COLUMNS
+        np.add.at(dense[0, row], columns[inside], np.abs(levels[inside]))
+        np.add.at(dense[1, row], columns[inside], levels[inside])
+    return dense
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 40])
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+def test_entries_outside_the_matrix_add_nothing(manifold, n, kernels):
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        pointers = np.concatenate([[0], np.sort(rng.integers(0, ENTRIES + 1, ROWS))])
+        layer = garbage(rng, manifold, pointers)
+        x = jnp.asarray(rng.standard_normal((n, COLUMNS)).astype(np.float32))
+        g = jnp.asarray(rng.standard_normal((n, ROWS)).astype(np.float32))
+        y, vjp = jax.vjp(lambda x, layer=layer: sparse_dense(x, layer), x)
+        magnitudes, levels = dropped(layer)
+        # Levels of both signs may meet on one column: split them, so that the bound sees both.
+        parts = ((magnitudes + levels) / 2, (levels - magnitudes) / 2)
+        operands = (*parts, layer.scales)
+        assert_within_bound(y, lambda x, p, m, s: x @ (p + m).T * s, x, *operands, terms=ENTRIES + 4)
+        assert_within_bound(vjp(g)[0], lambda g, p, m, s: g * s @ (p + m), g, *operands, terms=ENTRIES + 4)
+        np.testing.assert_array_equal(
+            np.asarray(layer.to_dense(np.float32)),
+            levels.astype(np.float32) * np.asarray(layer.scales)[:, None],
+        )
+
+
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+def test_row_pointers_of_any_kind_crash_nothing(manifold, n, kernels):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        layer = garbage(rng, manifold, rng.integers(0, [ENTRIES, 2**32][seed % 2], ROWS + 1))
+        y, vjp = jax.vjp(lambda x, layer=layer: sparse_dense(x, layer), jnp.ones((n, COLUMNS)))
+        assert y.shape == (n, ROWS)
+        assert vjp(jnp.ones((n, ROWS)))[0].shape == (n, COLUMNS)
+        assert layer.to_dense(np.float32).shape == (ROWS, COLUMNS)

@@ -1,0 +1,64 @@
+"""The number of threads changes no bit, and no number of them deadlocks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Large enough for several items of work in every phase, and for helpers to be woken.
+SCRIPT = """
+import hashlib, os, sys
+if sys.argv[1] != "all":
+    os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[: int(sys.argv[1])]))
+import jax, numpy as np
+from upg_jax import MdCSR, sparse_dense, use_backend
+rng = np.random.default_rng(0)
+layer = MdCSR.from_dense(rng.standard_normal((900, 800)).astype(np.float32), density=0.3, manifold="prime")
+digest = hashlib.sha256()
+with use_backend("native"):
+    for n in (1, 3, 16, 100):
+        x = rng.standard_normal((n, 800)).astype(np.float32)
+        g = rng.standard_normal((n, 900)).astype(np.float32)
+
+        @jax.jit
+        def products(x, g, layer):
+            # Four independent calls, which XLA may run at once.
+            ys = []
+            for i in range(4):
+                y, vjp = jax.vjp(lambda x: sparse_dense(x, layer), x * (i + 1))
+                ys += [y, vjp(g)[0]]
+            return ys, layer.to_dense()
+
+        for _ in range(10):
+            for array in jax.tree.leaves(products(x, g, layer)):
+                digest.update(np.asarray(array).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def digest(pool: str, cores: str = "all") -> str:
+    # NPROC is the size of XLA's CPU thread pool.
+    environment = {**os.environ, "NPROC": pool, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, cores],
+        env=environment,
+        timeout=120,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(library):
+    assert digest("1") == digest("2") == digest("7")
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system cannot confine a process to a core"
+)
+def test_one_core_gives_the_same_bits(library):
+    assert digest("4", cores="1") == digest("2")
