@@ -91,7 +91,7 @@ def test_forcing_an_unusable_library_is_an_error_with_the_reason(library, monkey
 
 def test_unusable_kernels_are_refused_by_name(library):
     with (
-        pytest.raises(ValueError, match="must be one of .*portable.*; got 'mmx'"),
+        pytest.raises(ValueError, match=r"must be one of .*portable.*; got 'mmx'"),
         library.use_kernels("mmx"),
     ):
         pass
