@@ -19,7 +19,8 @@ from upg_jax._compat import unify_varying
 from upg_jax._primes import prime_table
 from upg_jax._sparse_dense._primitive import Layout
 
-_UNROLL = 4
+# More is faster still for one vector, but compiles longer and is slower for many.
+_UNROLL = 6
 # Up to these many vectors walking costs less than decoding to dense and multiplying (densities 0.1 to 0.5).
 _WALK_VECTORS = 256
 _WALK_VECTORS_TRANSPOSED = 16
