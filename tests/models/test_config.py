@@ -22,7 +22,7 @@ MINIMAL = {
 
 
 def test_defaults_are_those_of_transformers():
-    transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[test]"')
+    transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[oracle]"')
     config = parse_config(MINIMAL)
     theirs = transformers.LlamaConfig(**MINIMAL)
     assert config.num_kv_heads == theirs.num_key_value_heads
@@ -115,7 +115,7 @@ def test_model_type_stands_in_for_missing_architectures():
     ids=["default", "linear", "llama3", "llama3.1"],
 )
 def test_rope_frequencies_equal_those_of_transformers(rope, dim):
-    transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[test]"')
+    transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[oracle]"')
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     theirs = LlamaRotaryEmbedding(
