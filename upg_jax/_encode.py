@@ -198,7 +198,7 @@ def _as_float32(w: np.ndarray) -> np.ndarray:
 
 
 def _check_alignment(row_alignment: int) -> None:
-    if row_alignment < 1 or row_alignment & (row_alignment - 1):
+    if not isinstance(row_alignment, int) or row_alignment < 1 or row_alignment & (row_alignment - 1):
         raise EncodingError(f"from_dense: row_alignment must be a power of two; got {row_alignment!r}")
 
 

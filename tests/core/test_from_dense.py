@@ -203,6 +203,7 @@ def test_a_row_too_large_for_the_format_is_refused_by_number(manifold, largest_l
         (np.ones((2, 2), np.float32), {"manifold": "octonion"}, "octonion"),
         (np.ones((2, 2), np.float32), {"row_alignment": 3}, "power of two; got 3"),
         (np.ones((2, 2), np.float32), {"row_alignment": 0}, "power of two; got 0"),
+        (np.ones((2, 2), np.float32), {"row_alignment": 2.0}, "power of two; got 2.0"),
         (np.ones((2, 2), np.float32), {"capacity": 3}, "capacity must be .*4 entries .*got 3"),
         (np.ones((2, 2), np.float32), {"capacity": 9, "row_alignment": 2}, "capacity must be a multiple"),
     ],

@@ -95,6 +95,15 @@ def test_gradient_of_a_layer_goes_through_partition():
     np.testing.assert_array_equal(loss(params).scales, direct)
 
 
+def test_gradient_of_a_whole_layer_with_integers_allowed(one_backend):
+    case = Case("random", (7, 13), "prime")
+    loss = jax.grad(lambda layer: sparse_dense(case.x(5), layer).sum(), allow_int=True)
+    gradient = loss(case.layer)
+    direct = jax.grad(lambda s: apply(case.layer, case.x(5), s).sum())(case.layer.scales)
+    np.testing.assert_array_equal(gradient.scales, direct)
+    assert gradient.values.dtype == gradient.row_pointers.dtype == jax.dtypes.float0
+
+
 def test_gradient_of_x_alone_does_not_compute_that_of_scales():
     case = Case("random", (7, 13))
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: sparse_dense(x, case.layer).sum()))(case.x(5)))

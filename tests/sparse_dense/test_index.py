@@ -111,6 +111,12 @@ def test_other_indices_are_refused(index, error, message):
         sparse_dense(CASES[0].x(2, 5), layers(), index=index)
 
 
+def test_a_stack_without_layers_is_refused():
+    none = jax.tree.map(lambda leaf: leaf[:0], layers())
+    with pytest.raises(ValueError, match="this stack has none"):
+        sparse_dense(CASES[0].x(2), none, index=jnp.int32(0))
+
+
 def test_bias_with_an_index(one_backend):
     x, bias = CASES[0].x(2), CASES[0].cotangent()
     y = sparse_dense(x, layers(), bias, index=0)

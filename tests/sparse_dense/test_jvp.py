@@ -61,6 +61,19 @@ def test_jvp_equals_central_differences(case, one_backend):
     assert np.all(np.abs(exact(y_dot) - (exact(forth) - exact(back)) / 2) <= tolerance)
 
 
+def test_a_whole_layer_as_primal(one_backend):
+    """Integer planes have tangents of dtype float0, which the rule must not touch."""
+    case = Case("random", (7, 13), "prime")
+
+    def tangent(leaf):
+        is_float = leaf.dtype == np.float32
+        return leaf if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
+
+    layer_dot = jax.tree.map(tangent, case.layer)
+    y, y_dot = jax.jvp(lambda layer: sparse_dense(case.x(5), layer), (case.layer,), (layer_dot,))
+    np.testing.assert_array_equal(y, y_dot)
+
+
 def test_a_tangent_of_one_operand_costs_one_product():
     case = Case("random", (7, 13))
 

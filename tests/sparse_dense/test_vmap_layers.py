@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -67,6 +68,12 @@ def test_vmap_over_layers_without_rows_or_columns(shape, backend):
     np.testing.assert_array_equal(y, np.zeros((3, 2, shape[0]), np.float32))
 
 
+def test_vmap_over_no_layers(backend):
+    none = jax.tree.map(lambda leaf: leaf[:0], stacked(*parts("prime")))
+    y = jax.vmap(sparse_dense, (None, 0))(parts("prime")[0].x(2), none)
+    assert y.shape == (0, 2, 7)
+
+
 @pytest.mark.parametrize("x_mapped", [False, True])
 def test_vmap_over_index_is_one_call(x_mapped, one_backend):
     cases = parts("prime")
@@ -118,3 +125,35 @@ def test_nested_vmaps_over_layers_and_index(one_backend):
     z = jax.jit(jax.vmap(jax.vmap(lambda layer: sparse_dense(x, layer))))(both)
     chosen = weights(cases).reshape(2, 2, 7, 13)
     assert_within_bound(z, lambda x, w: x @ np.swapaxes(w, 2, 3), x, chosen, terms=terms(cases))
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [{"scales"}, {"scales", "index"}, {"values"}, {"values", "index"}, {"scales", "values"}, {"x", "scales"}],
+    ids=lambda names: "+".join(sorted(names)),
+)
+@pytest.mark.parametrize("group", [(), (3,)], ids=["one index", "index per vector"])
+def test_vmap_over_some_planes_of_a_stack(mapped, group, one_backend):
+    """A plane that is mapped makes stacks of stacks; scales alone do not."""
+    layers = stacked(*parts("prime"))
+    rng = np.random.default_rng(5)
+    flipped = jnp.stack([layers.values, -layers.values])
+    whole = {
+        "x": parts("prime")[0].x(2, 3),
+        "scales": jnp.asarray(rng.uniform(0.5, 1.5, (2, 4, 7)).astype(np.float32)),
+        "values": flipped,
+        "index": jnp.asarray(rng.integers(0, 4, (2, *group)).astype(np.int32)),
+    }
+    operands = {name: array if name in mapped else array[0] for name, array in whole.items()}
+
+    def apply(operands):
+        planes = {"scales": operands["scales"], "values": operands["values"]}
+        layer = dataclasses.replace(layers, **planes)
+        return sparse_dense(operands["x"], layer, index=operands["index"])
+
+    axes = ({name: 0 if name in mapped else None for name in operands},)
+    y = jax.jit(jax.vmap(apply, axes))(operands)
+    one = jax.jit(apply)
+    expected = [one({n: a[i] if n in mapped else a for n, a in operands.items()}) for i in range(2)]
+    # The sums are taken in the same order; only where the scale is multiplied differs.
+    np.testing.assert_allclose(y, np.stack(expected), rtol=2.0**-22)

@@ -113,6 +113,8 @@ def _check_index(index: Any, x: jax.Array, layer: MdCSR) -> jax.Array:
         raise ValueError(
             f"sparse_dense: a stack of {size} layers needs index=; or map over the stack with jax.vmap or lax.scan"
         )
+    if size == 0:
+        raise ValueError("sparse_dense: index needs a layer to choose; this stack has none")
     if not isinstance(index, jax.Array):
         index = np.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
@@ -124,4 +126,4 @@ def _check_index(index: Any, x: jax.Array, layer: MdCSR) -> jax.Array:
             f"sparse_dense: index's shape must be a prefix of x's leading shape {x.shape[:-1]}; got {index.shape}"
         )
     index = jnp.asarray(index, jnp.int32)
-    return jnp.clip(jnp.where(index < 0, index + size, index), 0, max(size - 1, 0))
+    return jnp.clip(jnp.where(index < 0, index + size, index), 0, size - 1)

@@ -30,14 +30,14 @@ def sparse_dense(
     x: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout
 ) -> jax.Array:
     """`x (*group, *batch, in)` -> float32 `(*group, *batch, out)`."""
-    return _by_group(_product, x, scales, index, planes, layout)
+    return _by_group(_product, layout.shape[0], x, scales, index, planes, layout)
 
 
 def dense_sparse(
     g: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout
 ) -> jax.Array:
     """`g (*group, *batch, out)` -> float32 `(*group, *batch, in)`."""
-    return _by_group(_transposed_product, g, scales, index, planes, layout)
+    return _by_group(_transposed_product, layout.shape[1], g, scales, index, planes, layout)
 
 
 def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
@@ -60,6 +60,7 @@ def decode_levels(*planes: jax.Array, layout: Layout) -> jax.Array:
 
 def _by_group(
     one: Callable[..., jax.Array],
+    features_out: int,
     x: jax.Array,
     scales: jax.Array,
     index: jax.Array,
@@ -67,6 +68,8 @@ def _by_group(
     layout: Layout,
 ) -> jax.Array:
     """Applies `one` to each group's `(n, features)` vectors and the layer that `index` names."""
+    if index.size == 0:
+        return jnp.zeros((*x.shape[:-1], features_out), jnp.float32)
     # A layer that is a constant of the program must not be folded away at compile time, for minutes.
     scales, *planes_ = lax.optimization_barrier((scales, *planes))
 
@@ -79,7 +82,7 @@ def _by_group(
         y = group(flat[0], index.reshape(()))
     else:
         y = lax.map(lambda args: group(*args), (flat, index.reshape(-1)))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], features_out)
 
 
 def _product(x: jax.Array, scales: jax.Array, planes: Any, layout: Layout) -> jax.Array:
