@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 
 from upg_jax import _native
-from upg_jax._encode import LARGEST_SCALE, MAX_ENTRIES, SMALLEST_SCALE
+from upg_jax._encode import MAX_ENTRIES
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import DTYPES, MdCSR
 from upg_jax._primes import NUM_PRIMES
+from upg_jax._quantize import LARGEST_SCALE, SMALLEST_SCALE
 
 _CHUNK_ENTRIES = 1 << 22
 

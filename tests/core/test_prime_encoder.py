@@ -8,8 +8,8 @@ import pytest
 from oracle import mdcsr as oracle
 
 from upg_jax import MdCSR
-from upg_jax._encode import nearest_levels
 from upg_jax._primes import prime_table
+from upg_jax._quantize import nearest_levels
 
 
 @pytest.fixture(scope="module")

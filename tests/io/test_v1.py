@@ -16,7 +16,7 @@ from helpers.layers import matrix
 from helpers.v1 import decoded, dense, entry, pattern, with_deltas
 
 import upg_jax
-from upg_jax._encode import LARGEST_LEVEL, _levels
+from upg_jax._quantize import LARGEST_LEVEL, _levels
 from upg_jax.io._v1_verify import HALF_STEP
 
 # -- exact kinds
