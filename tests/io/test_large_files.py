@@ -45,10 +45,11 @@ def write_sparse_model(path: Path, layers: int = 28, rows: int = 8192, entries: 
     metadata = {"format": "upg-mdcsr", "version": "2.0", "mdcsr": json.dumps(matrices)}
     header: dict = {"__metadata__": metadata}
     offset = 0
+    # The large planes first: whole multiples of 64 bytes, so that none has to be copied to be aligned.
     planes = {"values": ("I8", entries, 1), "delta_indices": ("U8", entries, 1)}
     planes |= {"scales": ("F32", rows, 4), "row_pointers": ("U32", rows + 1, 4)}
-    for name in matrices:
-        for plane, (dtype, length, itemsize) in planes.items():
+    for plane, (dtype, length, itemsize) in planes.items():
+        for name in matrices:
             offsets = [offset, offset + length * itemsize]
             header[f"{name}.{plane}"] = {"dtype": dtype, "shape": [length], "data_offsets": offsets}
             offset = offsets[1]
