@@ -1,0 +1,30 @@
+"""Metal kernels and what runs them: a checker, an emulator, and targets for Apple and NVIDIA GPUs.
+
+Knows buffers and launches, nothing of JAX. docs/metal_ops.md explains it.
+"""
+
+from __future__ import annotations
+
+from metal_ops._emulator import Emulator, Program
+from metal_ops._errors import KernelError, MetalError, SourceError, UnavailableError
+from metal_ops._mdcsr import Parameters, prime_table
+from metal_ops._parse import Argument, Signature
+from metal_ops._source import Source, load_source
+from metal_ops._translate import Translation, translate
+
+__all__ = [
+    "Argument",
+    "Emulator",
+    "KernelError",
+    "MetalError",
+    "Parameters",
+    "Program",
+    "Signature",
+    "Source",
+    "SourceError",
+    "Translation",
+    "UnavailableError",
+    "load_source",
+    "prime_table",
+    "translate",
+]
