@@ -8,6 +8,7 @@ from __future__ import annotations
 from metal_ops._emulator import Emulator, Program
 from metal_ops._errors import KernelError, MetalError, SourceError, UnavailableError
 from metal_ops._mdcsr import Parameters, prime_table
+from metal_ops._nvrtc import compile_cuda, nvrtc_version
 from metal_ops._parse import Argument, Signature
 from metal_ops._source import Source, load_source
 from metal_ops._translate import Translation, translate
@@ -24,7 +25,9 @@ __all__ = [
     "SourceError",
     "Translation",
     "UnavailableError",
+    "compile_cuda",
     "load_source",
+    "nvrtc_version",
     "prime_table",
     "translate",
 ]

@@ -5,42 +5,24 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
-from metal_ops._build import build
+from metal_ops._build import build, compiler, identity
 from metal_ops._errors import KernelError
+from metal_ops._launch import Launch, Runner
 from metal_ops._parse import Signature
+from metal_ops._sanitized import sanitized
 from metal_ops._source import Source
 from metal_ops._translate import translate
 
 Buffer: TypeAlias = "tuple[int, int] | bytes | np.ndarray"
 
-_SLOTS = 31
 _MAX_THREADS = 1024
 _MAX_THREADGROUP_MEMORY = 32 << 10
 # Kernels read planes by vector pointers; -fwrapv and signed characters are what GPUs have.
 _OPTIONS = ("-fno-strict-aliasing", "-fsigned-char", "-fwrapv", "-ffp-contract=off", "-pthread", "-w")
-
-
-class Launch(ctypes.Structure):
-    """`msl::Launch` of include/emulator/launch.h."""
-
-    _fields_ = (
-        ("buffers", ctypes.c_void_p * _SLOTS),
-        ("threadgroup_memory", ctypes.c_size_t * _SLOTS),
-        ("groups", ctypes.c_uint * 3),
-        ("threads", ctypes.c_uint * 3),
-        ("os_threads", ctypes.c_uint),
-        ("reverse", ctypes.c_uint),
-    )
-
-
-class Runner(Protocol):
-    """Runs one kernel; returns what went wrong, or an empty string."""
-
-    def __call__(self, kernel: str, launch: Launch, buffers: Mapping[int, tuple[int, int]]) -> str: ...
 
 
 class Program:
@@ -135,22 +117,16 @@ class Emulator:
             UnavailableError: there is no C++ compiler.
         """
         translation = translate(source)
-        runner = (
-            _library(translation.emulator, source.name) if self._sanitize is None else self._process(source)
-        )
+        if self._sanitize is None:
+            runner = _library(translation.emulator, source.name)
+        else:
+            runner = sanitized(translation, self._sanitize, _OPTIONS)
         return Program(translation.signatures, runner, reverse=self._reverse, threads=self._threads)
-
-    def _process(self, source: Source) -> Runner:
-        from metal_ops import _sanitized
-
-        translation = translate(source)
-        assert self._sanitize is not None
-        return _sanitized.runner(translation, self._sanitize, _OPTIONS)
 
 
 def _library(code: str, name: str) -> Runner:
     # Symbols that the linker makes unique across libraries would mix up two programs in one process.
-    unique = () if "clang" in _compiler_name() else ("-fno-gnu-unique",)
+    unique = () if "clang" in identity(compiler()) else ("-fno-gnu-unique",)
     options = ("-O2", "-fPIC", "-shared", "-fvisibility=hidden", *unique, *_OPTIONS)
     call = ctypes.CDLL(str(build(code, options, name=name, suffix=".so"))).metal_ops_launch
     call.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
@@ -161,12 +137,6 @@ def _library(code: str, name: str) -> Runner:
         return message.value.decode()
 
     return run
-
-
-def _compiler_name() -> str:
-    from metal_ops._build import compiler, identity
-
-    return identity(compiler())
 
 
 def _place(kernel: str, signature: Signature, index: int, buffer: Buffer) -> tuple[int, int]:

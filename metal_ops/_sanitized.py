@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metal_ops._build import build
-from metal_ops._emulator import Launch, Runner
+from metal_ops._launch import Launch, Runner
 from metal_ops._translate import Translation
 
 _FINDING = re.compile(r"(?:runtime error: .*|ERROR: \w+Sanitizer: [\w-]+.*|WARNING: \w+Sanitizer: .*)")
 _FRAME = re.compile(r"[\w./<>-]*?([\w-]+\.(?:metal|h)):(\d+)")
 
 
-def runner(translation: Translation, sanitizers: str, options: Sequence[str]) -> Runner:
+def sanitized(translation: Translation, sanitizers: str, options: Sequence[str]) -> Runner:
     """Compiles a translation as a program with sanitizers.
 
     Args:
