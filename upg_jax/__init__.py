@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UPGError,
     )
     from upg_jax._mdcsr import MdCSR, stack
+    from upg_jax._pack import pack, unpack
     from upg_jax._partition import combine, partition
     from upg_jax._sparse_dense import sparse_dense, use_backend
     from upg_jax.inference import UPGModel
@@ -37,10 +38,12 @@ __all__ = [
     "UPGModel",
     "__version__",
     "combine",
+    "pack",
     "partition",
     "save",
     "sparse_dense",
     "stack",
+    "unpack",
     "use_backend",
 ]
 
@@ -54,6 +57,8 @@ _MODULE_OF = {
     "UPGError": "upg_jax._errors",
     "MdCSR": "upg_jax._mdcsr",
     "stack": "upg_jax._mdcsr",
+    "pack": "upg_jax._pack",
+    "unpack": "upg_jax._pack",
     "combine": "upg_jax._partition",
     "partition": "upg_jax._partition",
     "sparse_dense": "upg_jax._sparse_dense",

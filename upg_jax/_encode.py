@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from upg_jax._errors import EncodingError
+from upg_jax._index import INDEXES, Index, dense_row_entries, index_bytes, mask_from_deltas
 from upg_jax._mdcsr import MANIFOLDS, Manifold, MdCSR
 from upg_jax._quantize import quantize_entries
 
@@ -32,6 +33,7 @@ def encode_dense(
     manifold: Manifold = "unit",
     row_alignment: int = 1,
     capacity: int | None = None,
+    index: Index = "delta8",
 ) -> MdCSR:
     """`MdCSR.from_dense` with NumPy planes, for callers that write files."""
     w = np.asarray(w)
@@ -45,6 +47,8 @@ def encode_dense(
         )
     if manifold not in MANIFOLDS:
         raise EncodingError(f"from_dense: manifold must be one of {MANIFOLDS}; got {manifold!r}")
+    if index not in INDEXES:
+        raise EncodingError(f"from_dense: index must be one of {INDEXES}; got {index!r}")
     _check_alignment(row_alignment)
     kept = kept_weights(w, density, mask)
     chunks = []
@@ -56,7 +60,16 @@ def encode_dense(
         entries, scales[start:stop] = quantize_entries(
             rows, columns, chunk[rows, columns], num_rows=stop - start, manifold=manifold, first_row=start
         )
-        chunks.append(encode_entries(*entries, num_rows=stop - start, row_alignment=row_alignment))
+        size = (stop - start, w.shape[1])
+        if index == "dense":
+            chunks.append(encode_dense_rows(*entries, size=size, row_alignment=row_alignment))
+            continue
+        encoded = encode_entries(*entries, num_rows=stop - start, row_alignment=row_alignment)
+        if index == "mask":
+            pointers = np.concatenate([[0], np.cumsum(encoded.row_lengths)])
+            bits = mask_from_deltas(encoded.delta_indices, encoded.values, pointers, size, "from_dense")
+            encoded = encoded._replace(delta_indices=bits)
+        chunks.append(encoded)
     return assemble(
         chunks,
         scales,
@@ -65,6 +78,7 @@ def encode_dense(
         row_alignment=row_alignment,
         dtype=_ORIGINAL_DTYPES[w.dtype],
         capacity=capacity,
+        index=index,
     )
 
 
@@ -131,6 +145,32 @@ def encode_entries(
     return EncodedRows(values, deltas, primes, padded)
 
 
+def encode_dense_rows(
+    rows: np.ndarray,
+    columns: np.ndarray,
+    q: np.ndarray,
+    prime_indices: np.ndarray | None = None,
+    *,
+    size: tuple[int, int],
+    row_alignment: int = 1,
+) -> EncodedRows:
+    """As `encode_entries` for `size` rows and columns, with index `"dense"`."""
+    stride = dense_row_entries(size[1], row_alignment)
+    at = rows * stride + columns
+
+    def spread(plane: np.ndarray) -> np.ndarray:
+        dense = np.zeros(size[0] * stride, plane.dtype)
+        dense[at] = plane
+        return dense
+
+    return EncodedRows(
+        values=spread(q),
+        delta_indices=np.zeros(0, np.uint8),
+        prime_indices=None if prime_indices is None else spread(prime_indices),
+        row_lengths=np.full(size[0], stride, np.int64),
+    )
+
+
 def assemble(
     chunks: list[EncodedRows],
     scales: np.ndarray,
@@ -140,6 +180,7 @@ def assemble(
     row_alignment: int,
     dtype: str,
     capacity: int | None = None,
+    index: Index = "delta8",
 ) -> MdCSR:
     """Joins encoded rows into one layer with NumPy planes.
 
@@ -161,14 +202,15 @@ def assemble(
     row_pointers = np.zeros(shape[0] + 1, np.uint32)
     row_pointers[1:] = np.cumsum(lengths)
 
-    def join(planes: list[np.ndarray], dtype: Any) -> np.ndarray:
+    def join(planes: list[np.ndarray], dtype: Any, length: int = length) -> np.ndarray:
         joined = np.zeros(length, dtype)
-        np.concatenate(planes or [joined[:0]], out=joined[:nnz])
+        used = sum(plane.size for plane in planes)
+        np.concatenate(planes or [joined[:0]], out=joined[:used])
         return joined
 
     return MdCSR(
         values=join([c.values for c in chunks], np.int8),
-        delta_indices=join([c.delta_indices for c in chunks], np.uint8),
+        delta_indices=join([c.delta_indices for c in chunks], np.uint8, index_bytes(index, shape, length)),
         prime_indices=None
         if manifold == "unit"
         else join([c.prime_indices for c in chunks if c.prime_indices is not None], np.uint16),
@@ -177,6 +219,7 @@ def assemble(
         shape=shape,
         row_alignment=row_alignment,
         dtype=dtype,
+        index=index,
     )
 
 

@@ -14,6 +14,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from upg_jax._index import Index
+
 Manifold: TypeAlias = Literal["unit", "prime"]
 Array: TypeAlias = jax.Array | np.ndarray
 
@@ -35,14 +37,17 @@ class MdCSR:
 
     Attributes:
         values: int8 `([S,] capacity)`, quantized weights; 0 marks a filler entry.
-        delta_indices: uint8 `([S,] capacity)`, column of an entry minus column of the previous one of its row.
+        delta_indices: uint8, where the entries' columns are. With index `"delta8"`, `([S,] capacity)`: column of
+            an entry minus column of the previous one of its row. With `"mask"`, `([S,] out_features * 8 *
+            ceil(in_features / 64))`: a bit for each column of a row, set where it has an entry. With `"dense"`,
+            `([S,] 0)`: a row's entries are its columns.
         scales: float32 `([S,] out_features)`.
         row_pointers: uint32 `([S,] out_features + 1)`; row `r` owns entries `[row_pointers[r], row_pointers[r + 1])`.
         prime_indices: uint16 `([S,] capacity)` on the prime manifold, None on the unit manifold.
         shape: static `(out_features, in_features)`, stacked or not.
         row_alignment: static power of two that every row pointer and the capacity are multiples of.
         dtype: static name of the dtype the weights had, `"float32"`, `"bfloat16"` or `"float16"`.
-        index: static name of the column encoding; always `"delta8"`.
+        index: static name of the column encoding, `"delta8"`, `"mask"` or `"dense"`; `upg_jax.pack` changes it.
         value_bits: static bits of a stored value; always 8.
     """
 
@@ -54,7 +59,7 @@ class MdCSR:
     shape: tuple[int, int]
     row_alignment: int = 1
     dtype: str = "float32"
-    index: str = "delta8"
+    index: Index = "delta8"
     value_bits: int = 8
 
     @classmethod
@@ -67,6 +72,7 @@ class MdCSR:
         manifold: Manifold = "unit",
         row_alignment: int = 1,
         capacity: int | None = None,
+        index: Index = "delta8",
     ) -> MdCSR:
         """Prunes, quantizes and encodes a dense matrix; runs on the host.
 
@@ -80,6 +86,7 @@ class MdCSR:
                 finer levels (4 bytes an entry).
             row_alignment: power of two that row lengths are padded to.
             capacity: length to pad the planes to, so that layers of different `nnz` share a compiled program.
+            index: how entries find their columns; the result is that of `upg_jax.pack(layer, index)`.
 
         Returns:
             A layer on JAX's default device. A weight that rounds to 0 is not stored.
@@ -91,7 +98,13 @@ class MdCSR:
         from upg_jax._encode import encode_dense
 
         layer = encode_dense(
-            w, density=density, mask=mask, manifold=manifold, row_alignment=row_alignment, capacity=capacity
+            w,
+            density=density,
+            mask=mask,
+            manifold=manifold,
+            row_alignment=row_alignment,
+            capacity=capacity,
+            index=index,
         )
         return jax.tree.map(jnp.asarray, layer)
 
@@ -182,6 +195,8 @@ class MdCSR:
 
     def __repr__(self) -> str:
         kind = f"{self.manifold} manifold, {self.dtype}"
+        if self.index != "delta8":
+            kind += f", index {self.index}"
         try:
             size = f"{self.out_features}x{self.in_features}"
             if self.stack_size is not None:
@@ -229,7 +244,8 @@ def stack(layers: Sequence[MdCSR]) -> MdCSR:
     `bits_per_weight`. Host (NumPy) layers give a host stack, so that nothing passes through a device.
 
     Args:
-        layers: at least one unstacked layer, all with equal `shape`, `manifold`, `row_alignment` and `dtype`.
+        layers: at least one unstacked layer, all with equal `shape`, `manifold`, `row_alignment`, `dtype` and
+            `index`.
 
     Returns:
         A layer whose leaves have a leading axis of `len(layers)`.
@@ -254,8 +270,14 @@ def stack(layers: Sequence[MdCSR]) -> MdCSR:
     on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
     xp: Any = np if on_host else jnp
 
-    def pad_and_stack(*leaves: Any) -> Any:
-        length = capacity if leaves[0].dtype in (np.int8, np.uint8, np.uint16) else leaves[0].shape[0]
+    of_entries = ("values", "delta_indices", "prime_indices")
+
+    def pad_and_stack(plane: str) -> Any:
+        leaves = [getattr(layer, plane) for layer in layers]
+        # A mask has as many bits in every layer, and with index "dense" nothing stands for columns.
+        padded = plane in of_entries and (plane != "delta_indices" or layers[0].index == "delta8")
+        length = capacity if padded else leaves[0].shape[0]
         return xp.stack([xp.pad(leaf, (0, length - leaf.shape[0])) for leaf in leaves])
 
-    return jax.tree.map(pad_and_stack, *layers)
+    planes = [plane for plane in PLANES if getattr(layers[0], plane) is not None]
+    return dataclasses.replace(layers[0], **{plane: pad_and_stack(plane) for plane in planes})

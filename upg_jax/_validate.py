@@ -9,11 +9,19 @@ import numpy as np
 from upg_jax import _native
 from upg_jax._encode import MAX_ENTRIES
 from upg_jax._errors import FormatError
+from upg_jax._index import (
+    INDEXES,
+    deltas_from_mask,
+    dense_row_entries,
+    first_row_outside_mask,
+    index_bytes,
+    mask_counts,
+    row_chunks,
+    row_lengths,
+)
 from upg_jax._mdcsr import DTYPES, MdCSR
 from upg_jax._primes import NUM_PRIMES
 from upg_jax._quantize import LARGEST_SCALE, SMALLEST_SCALE
-
-_CHUNK_ENTRIES = 1 << 22
 
 
 def validate(
@@ -44,7 +52,7 @@ def validate(
         name = where if layer.stack_size is None else f"{where}, layer {i}"
         one = {plane: array[i] for plane, array in planes.items()}
         _check_row_pointers(layer, one["row_pointers"], name)
-        _check_columns(layer, one["row_pointers"], one["delta_indices"], name)
+        _COLUMN_CHECKS[layer.index](layer, one["row_pointers"], one["delta_indices"], name)
         if level == "full":
             _check_content(layer, one, name)
 
@@ -63,11 +71,11 @@ def _check_metadata(layer: MdCSR, where: str) -> None:
         _fail(where, f"row_alignment must be a power of two below 2**31; got {alignment!r}")
     if layer.dtype not in DTYPES:
         _fail(where, f"dtype must be one of {', '.join(DTYPES)}; got {layer.dtype!r}")
-    if layer.index != "delta8" or layer.value_bits != 8:
+    if layer.index not in INDEXES or layer.value_bits != 8:
         _fail(
             where,
-            f"this build reads index 'delta8' with value_bits 8; got {layer.index!r} with {layer.value_bits!r}; "
-            "upgrade upg_jax",
+            f"this build reads index {', '.join(map(repr, INDEXES))} with value_bits 8; got {layer.index!r} with "
+            f"{layer.value_bits!r}; upgrade upg_jax",
         )
 
 
@@ -76,7 +84,7 @@ def _check_planes(layer: MdCSR, where: str) -> None:
     entries = (*lead, layer.capacity)
     expected = {
         "values": (np.int8, entries),
-        "delta_indices": (np.uint8, entries),
+        "delta_indices": (np.uint8, (*lead, index_bytes(layer.index, layer.shape, layer.capacity))),
         "scales": (np.float32, (*lead, layer.out_features)),
         "row_pointers": (np.uint32, (*lead, layer.out_features + 1)),
     }
@@ -117,13 +125,6 @@ def _check_row_pointers(layer: MdCSR, pointers: np.ndarray, where: str) -> None:
         )
 
 
-def row_chunks(pointers: np.ndarray) -> list[tuple[int, int]]:
-    """Splits rows into ranges of about `_CHUNK_ENTRIES` entries."""
-    cuts = np.searchsorted(pointers, np.arange(0, int(pointers[-1]) + 1, _CHUNK_ENTRIES, dtype=np.int64))
-    edges = np.unique(np.concatenate([[0], np.minimum(cuts, pointers.size - 1), [pointers.size - 1]]))
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
-
-
 def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where: str) -> None:
     """Deltas are non-negative, so a row stays inside the matrix when its last column does."""
     if (library := _native.load()) is not None:
@@ -154,6 +155,37 @@ def _fail_column(layer: MdCSR, row: int, column: int, where: str) -> None:
     )
 
 
+def _check_mask(layer: MdCSR, pointers: np.ndarray, mask: np.ndarray, where: str) -> None:
+    row = first_row_outside_mask(mask, layer.shape)
+    if row is not None:
+        _fail(
+            where,
+            f"row {row}: columns must stay below in_features {layer.in_features}; its mask has later ones",
+        )
+    lengths, counts = row_lengths(pointers), mask_counts(mask, layer.shape)
+    too_many = np.flatnonzero(counts > lengths)
+    if too_many.size:
+        row = int(too_many[0])
+        _fail(
+            where,
+            f"row {row}: a row's mask has at most one bit an entry; got {counts[row]} bits for {lengths[row]} entries",
+        )
+
+
+def _check_dense(layer: MdCSR, pointers: np.ndarray, _: np.ndarray, where: str) -> None:
+    stride = dense_row_entries(layer.in_features, layer.row_alignment)
+    wrong = np.flatnonzero(row_lengths(pointers) != stride)
+    if wrong.size:
+        row = int(wrong[0])
+        _fail(
+            where,
+            f"row {row}: every row must have {stride} entries with index 'dense'; got {row_lengths(pointers)[row]}",
+        )
+
+
+_COLUMN_CHECKS = {"delta8": _check_columns, "mask": _check_mask, "dense": _check_dense}
+
+
 def check_scales(scales: np.ndarray, where: str) -> None:
     """Checks one layer's scales, or a stack's; cheap enough for readers to do at every load."""
     with np.errstate(invalid="ignore"):
@@ -169,10 +201,17 @@ def check_scales(scales: np.ndarray, where: str) -> None:
 def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
     pointers = planes["row_pointers"]
     check_scales(planes["scales"], where)
+    if layer.index == "mask":
+        deltas = deltas_from_mask(planes["delta_indices"], pointers, layer.shape, layer.capacity, where)
+        _check_entries_without_bits(layer, planes, where)
+        planes = planes | {"delta_indices": deltas}
     for name in ("values", "delta_indices", "prime_indices"):
         tail = planes.get(name, np.zeros(0))[int(pointers[-1]) if name in planes else 0 :]
         if tail.any():
             _fail(where, f"{name} must be zero past the last row's entries, from {pointers[-1]} on")
+    if layer.index == "dense":
+        _check_dense_content(layer, planes, where)
+        return
     for first, last in row_chunks(pointers):
         begin, end = int(pointers[first]), int(pointers[last])
         lengths = pointers[first + 1 : last + 1].astype(np.int64) - pointers[first:last]
@@ -189,23 +228,51 @@ def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> N
             _fail(where, f"row {row}: columns of stored weights must strictly increase; one repeats")
         if layer.prime_indices is not None:
             k = planes["prime_indices"][begin:end]
-            bad = np.flatnonzero(k >= NUM_PRIMES)
-            if bad.size:
-                _fail(where, f"row {rows[bad[0]]}: prime_indices must be below {NUM_PRIMES}; got {k[bad[0]]}")
-            if k[filler].any():
-                row = int(rows[filler][np.flatnonzero(k[filler])[0]])
-                _fail(where, f"row {row}: a filler's prime index must be 0")
+            _check_primes(rows, k, filler & (k != 0), where)
+
+
+def _check_entries_without_bits(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
+    pointers = planes["row_pointers"].astype(np.int64)
+    used = pointers[:-1] + mask_counts(planes["delta_indices"], layer.shape)
+    for row in np.flatnonzero(used < pointers[1:]).tolist():
+        if planes["values"][used[row] : pointers[row + 1]].any():
+            _fail(where, f"row {row}: an entry without a bit in the row's mask must have value 0")
+
+
+def _check_dense_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
+    stride = dense_row_entries(layer.in_features, layer.row_alignment)
+    for first, last in row_chunks(planes["row_pointers"]):
+        values = planes["values"][first * stride : last * stride].reshape(last - first, stride)
+        beyond = values[:, layer.in_features :].any(axis=1)
+        if beyond.any():
+            _fail(
+                where,
+                f"row {first + int(np.argmax(beyond))}: an entry past the last column must have value 0",
+            )
+        if layer.prime_indices is not None:
+            k = planes["prime_indices"][first * stride : last * stride].reshape(values.shape)
+            _check_primes(
+                np.arange(first, last), k.max(axis=1, initial=0), (k * (values == 0)).any(axis=1), where
+            )
+
+
+def _check_primes(rows: np.ndarray, k: np.ndarray, of_fillers: np.ndarray, where: str) -> None:
+    bad = np.flatnonzero(k >= NUM_PRIMES)
+    if bad.size:
+        _fail(where, f"row {rows[bad[0]]}: prime_indices must be below {NUM_PRIMES}; got {k[bad[0]]}")
+    if of_fillers.any():
+        _fail(where, f"row {rows[np.argmax(of_fillers)]}: a filler's prime index must be 0")
 
 
 def _check_fillers(rows: np.ndarray, deltas: np.ndarray, filler: np.ndarray, where: str) -> None:
-    """Fillers are (0, 255) on the way to a stored weight, or (0, 0) at the end of a row."""
+    """Fillers are (0, 255) on the way to a weight in a later column, or (0, 0) at the end of a row."""
     padding = filler & (deltas == 0)
     leads_on = np.zeros_like(filler)
-    leads_on[:-1] = (rows[1:] == rows[:-1]) & ~padding[1:]
+    leads_on[:-1] = (rows[1:] == rows[:-1]) & np.where(padding[:-1], ~padding[1:], deltas[1:] != 0)
     bad = np.flatnonzero(filler & np.where(padding, leads_on, (deltas != 255) | ~leads_on))
     if bad.size:
         _fail(
             where,
-            f"row {rows[bad[0]]}: an entry of value 0 must have delta 255 and a stored weight after it, or delta 0 "
-            f"at the end of its row; got delta {deltas[bad[0]]}",
+            f"row {rows[bad[0]]}: an entry of value 0 must have delta 255 and a stored weight after it, in a "
+            f"later column, or delta 0 at the end of its row; got delta {deltas[bad[0]]}",
         )

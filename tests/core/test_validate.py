@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.layers import Case, gaps_matrix
 
-from upg_jax import FormatError, MdCSR, _validate, stack
+from upg_jax import FormatError, MdCSR, _index, stack
 from upg_jax._validate import validate
 
 
@@ -144,7 +144,7 @@ def test_a_good_layer_passes_with_numpy_and_jax_planes(as_jax):
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_rows_are_checked_in_chunks_and_named_by_their_number_in_the_matrix(chunk, monkeypatch):
-    monkeypatch.setattr(_validate, "_CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(_index, "_CHUNK_ENTRIES", chunk)
     layer = jax.tree.map(np.array, MdCSR.from_dense(gaps_matrix(), manifold="prime", row_alignment=2))
     layer.validate("full")
     last_row = layer.out_features - 1

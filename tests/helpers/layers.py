@@ -55,13 +55,15 @@ class Case:
     dtype: str = "float32"
     row_alignment: int = 1
     seed: int = 0
+    index: str = "delta8"
 
     def __post_init__(self):
         _layer(self)  # at once, since arrays made while tracing would be tracers
 
     def __str__(self) -> str:
         rows, columns = self.shape
-        return f"{self.structure}-{rows}x{columns}-{self.manifold}-{self.dtype}-align{self.row_alignment}"
+        name = f"{self.structure}-{rows}x{columns}-{self.manifold}-{self.dtype}-align{self.row_alignment}"
+        return name if self.index == "delta8" else f"{name}-{self.index}"
 
     @property
     def rng(self) -> np.random.Generator:
@@ -105,7 +107,7 @@ class Case:
 @functools.cache
 def _layer(case: Case) -> MdCSR:
     w = matrix(case.structure, case.shape, case.rng).astype(jnp.dtype(case.dtype))
-    return MdCSR.from_dense(w, manifold=case.manifold, row_alignment=case.row_alignment)
+    return MdCSR.from_dense(w, manifold=case.manifold, row_alignment=case.row_alignment, index=case.index)
 
 
 @functools.cache
@@ -130,6 +132,10 @@ _QUICK = {
     "random-67x33-prime-bfloat16-align1",
     "zero-33x67-unit-float16-align8",
 }
+
+
+MASK_CASE = Case("empty_rows", (33, 67), "prime", "float32", 8, index="mask")
+DENSE_CASE = Case("random", (33, 67), "unit", "float32", 8, index="dense")
 
 
 def _cases() -> list:

@@ -145,7 +145,11 @@ def test_a_bad_fact_is_refused(refused, key, values):
 
 
 def test_an_unknown_encoding_says_to_upgrade(refused):
-    refused(with_facts(index="bitmask"), "reads index 'delta8' with value_bits 8", "upgrade upg_jax")
+    refused(
+        with_facts(index="bitmask"),
+        "reads index 'delta8', 'mask', 'dense' with value_bits 8",
+        "upgrade upg_jax",
+    )
 
 
 def test_more_nonzero_weights_than_entries_are_refused(refused):

@@ -224,6 +224,7 @@ def test_info_describes_tensors_from_the_header(model):
                 capacity=back.capacity,
                 true_nnz=tensor.true_nnz,
                 row_alignment=1,
+                index="delta8",
             )
             assert info.bits_per_weight == back.bits_per_weight
         else:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from upg_jax._compat import Primitive, unify_varying
+from upg_jax._index import Index
 from upg_jax._mdcsr import Manifold, MdCSR
 
 
@@ -27,6 +28,7 @@ class Layout:
     shape: tuple[int, int]
     row_alignment: int
     manifold: Manifold
+    index: Index = "delta8"
 
 
 sparse_dense_p = Primitive("sparse_dense")
@@ -41,7 +43,8 @@ def operands(layer: MdCSR) -> tuple[Layout, jax.Array, list[jax.Array]]:
     arrays = [jnp.asarray(array) for array in (layer.scales, *planes)]
     if layer.stack_size is None:
         arrays = [array[None] for array in arrays]
-    return Layout(layer.shape, layer.row_alignment, layer.manifold), arrays[0], arrays[1:]
+    layout = Layout(layer.shape, layer.row_alignment, layer.manifold, layer.index)
+    return layout, arrays[0], arrays[1:]
 
 
 def bind(primitive: Primitive, *args: Any, layout: Layout, backend: str) -> jax.Array:

@@ -1,7 +1,8 @@
 """The definition of correct, in plain `jax.numpy`: runs on every platform.
 
-All three functions walk the rows side by side, a few entries of every row per step of a loop. Columns are a running
-sum along a row, so this needs no prefix sum over the planes, and no temporary larger than the result and the input.
+All three functions walk the rows side by side, a few entries of every row per step of a loop, or a few columns where a
+mask says which of them have entries. So they need no prefix sum over the planes, and no temporary larger than the
+result and the input.
 Measured against a flat cumulative sum, it is five times faster on a CPU (benchmarks/reference.py).
 """
 
@@ -122,28 +123,46 @@ def _walk(
 
     `column` is int32 `(out,)`, `level` is float32 `(out,)` and 0 for rows that have ended (their column stays).
     """
-    row_pointers, values, deltas, *primes = planes
+    row_pointers, values, columns, *primes = planes
     out_features, in_features = layout.shape
     if 0 in (out_features, in_features, values.shape[0], init.size):
         return init
     begin, end = row_pointers[:-1].astype(jnp.int32), row_pointers[1:].astype(jnp.int32)
     lengths = end - begin
-    steps = (jnp.max(lengths) + _UNROLL - 1) // _UNROLL
+    rows = jnp.arange(out_features)
+    # Counts entries with deltas, columns with a mask.
+    limit = in_features if layout.index == "mask" else jnp.max(lengths)
+    steps = (limit + _UNROLL - 1) // _UNROLL
+    mask = columns.reshape(out_features, -1) if layout.index == "mask" else None
     table = jnp.asarray(prime_table().astype("float32")) if primes else None
 
+    def find(n: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Step `n`: `place` after it, the entries of all rows, which of them exist, and their columns.
+
+        `place` is the column with deltas and the number of earlier entries with a mask. Of a row that has ended, the
+        entry may be anywhere, or overflow in a layer of nearly 2**31 entries.
+        """
+        if mask is not None:
+            has_bit = (mask.at[rows, n // 8].get(mode="clip") >> (n % 8).astype(jnp.uint8)) & 1 > 0
+            live = has_bit & (place < lengths) & (n < in_features)
+            return place + has_bit.astype(jnp.int32), begin + place, live, jnp.full_like(place, n)
+        live = n < lengths
+        if layout.index == "dense":
+            return place, begin + n, live & (n < in_features), jnp.full_like(place, n)
+        place += jnp.where(live, columns.at[begin + n].get(mode="clip"), 0).astype(jnp.int32)
+        return place, begin + n, live, place
+
     def body(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        column, state = carry
+        place, state = carry
         for u in range(_UNROLL):
-            # Of a row that has ended, `at` may be anywhere, or overflow in a layer of nearly 2**31 entries.
-            at, live = begin + j * _UNROLL + u, j * _UNROLL + u < lengths
-            column += jnp.where(live, deltas.at[at].get(mode="clip"), 0).astype(jnp.int32)
+            place, at, live, column = find(j * _UNROLL + u, place)
             level = jnp.where(live, values.at[at].get(mode="clip"), 0).astype(jnp.float32)
             if table is not None:
                 # Exact in float32: |q * P[k]| < 2**24. A gather clamps k to the table's last prime.
                 level *= table.at[primes[0].at[at].get(mode="clip")].get(mode="clip")
             state = step(state, column, level)
-        return column, state
+        return place, state
 
-    column = jnp.zeros(out_features, jnp.int32)
-    column, init, *_ = unify_varying(column, init, *planes, *operands)
-    return lax.fori_loop(0, steps, body, (column, init))[1]
+    place = jnp.zeros(out_features, jnp.int32)
+    place, init, *_ = unify_varying(place, init, *planes, *operands)
+    return lax.fori_loop(0, steps, body, (place, init))[1]

@@ -20,6 +20,7 @@ class TensorInfo:
         capacity: stored length of a matrix's planes, tail included; None for a dense tensor.
         true_nnz: nonzero weights as the metadata claims them (`verify` counts); None for a dense tensor.
         row_alignment: of a matrix; None for a dense tensor.
+        index: how a matrix's entries find their columns; None for a dense tensor.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TensorInfo:
     capacity: int | None = None
     true_nnz: int | None = None
     row_alignment: int | None = None
+    index: str | None = None
 
     @property
     def num_weights(self) -> int:

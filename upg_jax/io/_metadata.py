@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from upg_jax._encode import MAX_ENTRIES
 from upg_jax._errors import FormatError
+from upg_jax._index import INDEXES, Index, index_bytes
 from upg_jax._mdcsr import DTYPES, PLANES, Manifold
 from upg_jax.io._header import StoredTensor, show, strict_json
 
@@ -27,15 +28,20 @@ class MatrixFacts:
     manifold: Manifold
     row_alignment: int
     true_nnz: int
-    index: str
+    index: Index
     value_bits: int
     dtype: str
+
+    @property
+    def padded_planes(self) -> tuple[str, ...]:
+        """The planes that a tail of zeros may follow, of as many elements each."""
+        return ("values", "delta_indices", "prime_indices")[:: 1 if self.index == "delta8" else 2]
 
     def plane_shapes(self, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Safetensors dtype and shape of each plane, the bulky ones first, for planes of `length` entries."""
         planes: dict[str, tuple[str, tuple[int, ...]]] = {
             "values": ("I8", (length,)),
-            "delta_indices": ("U8", (length,)),
+            "delta_indices": ("U8", (index_bytes(self.index, self.shape, length),)),
         }
         if self.manifold == "prime":
             planes["prime_indices"] = ("U16", (length,))
@@ -113,10 +119,10 @@ def _matrix(name: str, entry: Any, path: object) -> MatrixFacts:
     keys = [field.name for field in dataclasses.fields(MatrixFacts)]
     if not isinstance(entry, dict) or not entry.keys() >= set(keys):
         raise FormatError(f"{where}: must be a JSON object with {', '.join(keys)}; got {show(entry)}")
-    if entry["index"] != "delta8" or type(entry["value_bits"]) is not int or entry["value_bits"] != 8:
+    if entry["index"] not in INDEXES or type(entry["value_bits"]) is not int or entry["value_bits"] != 8:
         raise FormatError(
-            f"{where}: this build reads index 'delta8' with value_bits 8; got {show(entry['index'])} with "
-            f"{show(entry['value_bits'])}; upgrade upg_jax"
+            f"{where}: this build reads index {', '.join(map(repr, INDEXES))} with value_bits 8; got "
+            f"{show(entry['index'])} with {show(entry['value_bits'])}; upgrade upg_jax"
         )
     rules = {
         "shape": ("two integers below 2**31", _is_shape),

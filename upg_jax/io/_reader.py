@@ -109,6 +109,7 @@ class UPGDecompressor:
                 capacity=planes[0].shape[0],
                 true_nnz=facts.true_nnz,
                 row_alignment=facts.row_alignment,
+                index=facts.index,
             )
         tensor = self._find(self._dense, name).header.tensors[name]
         dtype = DTYPES[tensor.dtype][1]
@@ -279,7 +280,7 @@ class UPGDecompressor:
         return layer
 
     def _stack_view(self, names: list[str]) -> MdCSR | None:
-        """The stack as one view where the file is laid out so; row pointers and scales may be copied."""
+        """The stack as one view where the file is laid out so; planes without a tail may be copied."""
         found = [self._matrices[name] for name in names]
         if not found or len({id(file) for file, _ in found}) > 1:
             return None
@@ -290,7 +291,7 @@ class UPGDecompressor:
         for plane in facts.plane_shapes(0):
             stored = [f"{name}.{plane}" for name in names]
             view = file.stack_view(stored)
-            if view is None and plane in ("scales", "row_pointers"):
+            if view is None and plane not in facts.padded_planes:
                 view = np.stack([file.view(name) for name in stored])
             if view is None:
                 return None

@@ -15,10 +15,11 @@ from upg_jax._encode import (
     encode_entries,
 )
 from upg_jax._errors import EncodingError, FormatError
+from upg_jax._index import row_chunks
 from upg_jax._mdcsr import Manifold, MdCSR
 from upg_jax._primes import NUM_PRIMES, prime_table
 from upg_jax._quantize import quantize_entries
-from upg_jax._validate import check_scales, row_chunks
+from upg_jax._validate import check_scales
 from upg_jax.io._pickle_values import PickledArray, PickledCSR, describe
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from upg_jax._errors import FormatError
+from upg_jax._index import row_chunks
 from upg_jax._mdcsr import Manifold, MdCSR
 from upg_jax._quantize import LARGEST_LEVEL, SMALLEST_SCALE
-from upg_jax._validate import row_chunks
 from upg_jax.io._v1_matrix import V1Matrix, from_layer
 
 # Half the widest gap between neighbouring levels, in units of the row's scale: how far rounding moves a

@@ -214,7 +214,7 @@ def _fetch(tensor: Placed, leaf: Any) -> np.ndarray:
         leaf = getattr(leaf, str(tensor.plane))
         if item.index is not None:
             leaf = leaf[item.index]
-        if tensor.plane not in ("scales", "row_pointers"):
+        if tensor.plane in item.facts.padded_planes:
             leaf, shape = leaf[: item.owned], (item.owned,)
     array = np.asarray(leaf)
     if array.shape != shape or array.dtype != DTYPES[tensor.dtype][1]:

@@ -1,0 +1,183 @@
+"""`pack` and `unpack`: the same layer with another static `index`, bit for bit convertible."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from upg_jax._encode import EncodedRows, assemble, encode_entries
+from upg_jax._errors import FormatError
+from upg_jax._index import (
+    INDEXES,
+    Index,
+    deltas_from_mask,
+    dense_row_entries,
+    mask_from_deltas,
+    row_chunks,
+    spread_dense,
+)
+from upg_jax._mdcsr import PLANES, MdCSR, stack
+
+
+def pack(layer: MdCSR, index: Index | None = None) -> MdCSR:
+    """Re-encodes where a layer's entries are, in the form that multiplies fastest here; runs on the host.
+
+    The result is an `MdCSR` like any other, with another static `index`: it multiplies, differentiates, stacks, decodes
+    and saves as before, and `unpack` gives back the bits that came in. With index `"mask"` all planes but
+    `delta_indices` are the very arrays of `layer`; with `"dense"` every row holds an entry for each column.
+
+    Args:
+        layer: a layer or a stack that passes `validate("full")`; for `"dense"`, with no more end padding than
+            `row_alignment` needs, as encoders make it.
+        index: `"delta8"`, `"mask"` or `"dense"`; by default what `choose_index` finds fastest.
+
+    Raises:
+        FormatError: for a layer that the asked-for form cannot hold, such as one with two entries on one column.
+        ValueError: for an unknown `index`, or under a JAX transformation, where planes have no content.
+    """
+    if index is None:
+        index, _ = choose_index(layer)
+    if index not in INDEXES:
+        raise ValueError(f"pack: index must be one of {INDEXES}; got {index!r}")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layer)):
+        raise ValueError(
+            "pack: needs concrete arrays; it was called under jit, vmap or grad; pack the layer before"
+        )
+    if layer.index == index:
+        return layer
+    if {layer.index, index} == {"mask", "dense"}:
+        return pack(pack(layer, "delta8"), index)
+    host = jax.tree.map(np.asarray, layer)
+    if "dense" in (layer.index, index):
+        return _like(layer, _every_plane(host, index))
+    return _like(layer, dataclasses.replace(host, index=index, delta_indices=_only_columns(host, index)))
+
+
+def unpack(layer: MdCSR) -> MdCSR:
+    """Returns the layer with index `"delta8"`, as it was before `pack`.
+
+    Raises:
+        FormatError: for a layer that breaks the format.
+    """
+    return pack(layer, "delta8")
+
+
+def choose_index(layer: MdCSR) -> tuple[Index, str]:
+    """The form in which products with this layer are fastest on this machine, and the reason in words."""
+    return layer.index, "pure JAX walks every form at about the same speed"
+
+
+def _layers(host: MdCSR) -> list[tuple[str, Any]]:
+    """The layers of a stack, or a layer by itself, with their names in messages; planes are NumPy arrays."""
+    if host.stack_size is None:
+        return [("pack", host)]
+    layers = range(host.stack_size)
+    return [(f"pack: layer {i}", jax.tree.map(lambda leaf, i=i: leaf[i], host)) for i in layers]
+
+
+def _only_columns(host: MdCSR, index: Index) -> np.ndarray:
+    """`delta_indices` as a mask where it holds deltas, and the reverse."""
+    converted = []
+    for where, one in _layers(host):
+        deltas, pointers = one.delta_indices, one.row_pointers
+        if index == "mask":
+            converted.append(mask_from_deltas(deltas, one.values, pointers, one.shape, where))
+        else:
+            converted.append(deltas_from_mask(deltas, pointers, one.shape, one.capacity, where))
+    if host.stack_size is None:
+        return converted[0]
+    return np.stack(converted) if converted else np.zeros((0, 0), np.uint8)
+
+
+def _every_plane(host: MdCSR, index: Index) -> MdCSR:
+    """To or from rows of one entry a column."""
+    if host.stack_size == 0:
+        raise ValueError("pack: needs at least one layer; this stack has none")
+    tail = host.capacity - int(host.row_pointers[..., -1].max())  # what no layer of the stack uses
+    converted = []
+    for where, one in _layers(host):
+        cut = one.nnz + tail
+        deltas = one.delta_indices[:cut]
+        primes = None if one.prime_indices is None else one.prime_indices[:cut]
+        one = dataclasses.replace(one, values=one.values[:cut], delta_indices=deltas, prime_indices=primes)
+        converted.append(_to_dense(one, where) if index == "dense" else _from_dense(one))
+    return converted[0] if host.stack_size is None else stack(converted)
+
+
+def _to_dense(layer: Any, where: str) -> MdCSR:
+    stride = dense_row_entries(layer.in_features, layer.row_alignment)
+    tail = layer.capacity - layer.nnz
+
+    def spread(plane: np.ndarray) -> np.ndarray:
+        if plane[layer.nnz :].any():
+            raise FormatError(f"{where}: planes must be zero past the last row's entries")
+        dense = spread_dense(
+            plane,
+            *(layer.delta_indices, layer.values, layer.row_pointers),
+            layer.shape,
+            layer.row_alignment,
+            where,
+        )
+        return np.concatenate([dense, np.zeros(tail, plane.dtype)]) if tail else dense
+
+    packed = dataclasses.replace(
+        layer,
+        index="dense",
+        values=spread(layer.values),
+        delta_indices=np.zeros(0, np.uint8),
+        prime_indices=None if layer.prime_indices is None else spread(layer.prime_indices),
+        row_pointers=np.arange(layer.out_features + 1, dtype=np.uint32) * np.uint32(stride),
+    )
+    # Rows of entries alone do not say where fillers and padding were: only the encoder's places can be found again.
+    back = _from_dense(packed)
+    for plane in PLANES:
+        if not np.array_equal(getattr(layer, plane), getattr(back, plane)):
+            raise FormatError(
+                f"{where}: index 'dense' holds layers whose fillers, padding and prime indices are as the encoder "
+                f"makes them; here {plane} would come back otherwise; keep the layer in index {layer.index!r}"
+            )
+    return packed
+
+
+def _from_dense(layer: Any) -> MdCSR:
+    stride = dense_row_entries(layer.in_features, layer.row_alignment)
+    tail = layer.capacity - layer.out_features * stride
+    chunks: list[EncodedRows] = []
+    for first, last in row_chunks(layer.row_pointers):
+        at = slice(first * stride, last * stride)
+        values = layer.values[at].reshape(last - first, stride)[:, : layer.in_features]
+        rows, columns = np.nonzero(values)
+        planes = [values[rows, columns]]
+        if layer.prime_indices is not None:
+            planes.append(layer.prime_indices[at].reshape(last - first, stride)[rows, columns])
+        chunks.append(
+            encode_entries(rows, columns, *planes, num_rows=last - first, row_alignment=layer.row_alignment)
+        )
+    return assemble(
+        chunks,
+        layer.scales,
+        shape=layer.shape,
+        manifold=layer.manifold,
+        row_alignment=layer.row_alignment,
+        dtype=layer.dtype,
+        capacity=sum(int(c.row_lengths.sum()) for c in chunks) + tail,
+    )
+
+
+def _like(layer: MdCSR, packed: MdCSR) -> MdCSR:
+    """`packed` with `layer`'s own arrays for the planes that stay, and JAX arrays where it has them."""
+
+    def plane(name: str) -> Any:
+        old, new = getattr(layer, name), getattr(packed, name)
+        if (
+            new is None
+            or name == "scales"
+            or ("dense" not in (layer.index, packed.index) and name != "delta_indices")
+        ):
+            return old
+        return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
+
+    return dataclasses.replace(packed, **{name: plane(name) for name in PLANES})
