@@ -78,14 +78,14 @@ def valid(
 def garbage(shape: tuple[int, int], manifold: str, layers: int, capacity: int, seed: int) -> Layers:
     """Planes of any content."""
     rng = np.random.default_rng(seed)
-    size = (layers, capacity)
+    size, rows = (layers, capacity), (layers, shape[0] + 1)
     return Layers(
         values=rng.integers(-128, 128, size, np.int8),
         deltas=rng.integers(0, 256 if seed % 2 else 4, size, np.uint8),
         primes=rng.integers(0, 2**16, size, np.uint16) if manifold == "prime" else None,
         scales=rng.uniform(0.5, 2, (layers, shape[0])).astype(np.float32),
-        row_pointers=rng.integers(
-            0, 2**32 if seed % 3 == 0 else capacity + 9, (layers, shape[0] + 1), np.uint32
-        ),
+        row_pointers=np.where(
+            rng.random(rows) < 0.2, rng.integers(0, 2**32, rows), rng.integers(0, capacity, rows)
+        ).astype(np.uint32),
         shape=shape,
     )
