@@ -5,6 +5,7 @@ Knows buffers and launches, nothing of JAX. docs/metal_ops.md explains it.
 
 from __future__ import annotations
 
+from metal_ops._check import Problem, check
 from metal_ops._emulator import Emulator, Program
 from metal_ops._errors import KernelError, MetalError, SourceError, UnavailableError
 from metal_ops._mdcsr import Parameters, prime_table
@@ -19,12 +20,14 @@ __all__ = [
     "KernelError",
     "MetalError",
     "Parameters",
+    "Problem",
     "Program",
     "Signature",
     "Source",
     "SourceError",
     "Translation",
     "UnavailableError",
+    "check",
     "compile_cuda",
     "load_source",
     "nvrtc_version",

@@ -30,6 +30,13 @@ THREAD_ATTRIBUTES = (
     "simdgroups_per_threadgroup",
     "threads_per_simdgroup",
 )
+_ONE_NUMBER = (
+    "thread_index_in_threadgroup",
+    "thread_index_in_simdgroup",
+    "simdgroup_index_in_threadgroup",
+    "simdgroups_per_threadgroup",
+    "threads_per_simdgroup",
+)
 _OTHER_ATTRIBUTES = ("buffer", "threadgroup", "kernel", "host_name")
 _MAX_BUFFER_INDEX = 30
 
@@ -162,6 +169,7 @@ class _Reader:
             names = tuple(part.split()[-1] for part in template[1].split(",")) if template else ()
             parameters = tuple(self._parameter(name, at, part) for at, part in self._split(start + 1, end))
             self._check_indices(name, m.start(), parameters)
+            self._check_dimensions(name, m.start(), parameters)
             yield Kernel(name, m.start(), names, parameters)
 
     def signatures(self, kernels: tuple[Kernel, ...]) -> dict[str, Signature]:
@@ -223,7 +231,7 @@ class _Reader:
                 raise self.error(
                     at, f"kernel {kernel}: {name} must be uint, ushort or a vector of them; got {kind}"
                 )
-            if "position" not in attribute[1] and "s_per_" not in attribute[1] and kind[-1] in "23":
+            if attribute[1] in _ONE_NUMBER and kind[-1] in "23":
                 raise self.error(at, f"kernel {kernel}: [[{attribute[1]}]] is one number; got {kind}")
             return kind, attribute[1]
         if attribute[1] not in ("buffer", "threadgroup"):
@@ -260,6 +268,20 @@ class _Reader:
                 other = taken.setdefault((p.space == "threadgroup", p.index), p.name)
                 if other != p.name:
                     raise self.error(at, f"kernel {kernel}: {other} and {p.name} both have index {p.index}")
+
+    def _check_dimensions(
+        self, kernel: str, at: int, parameters: tuple[Argument | tuple[str, str], ...]
+    ) -> None:
+        """Metal wants positions and sizes of the grid to be all numbers or all vectors of one length."""
+        kinds = {
+            p[1]: p[0].lstrip("uintshort") or "1"
+            for p in parameters
+            if not isinstance(p, Argument) and p[1] not in _ONE_NUMBER
+        }
+        if len(set(kinds.values())) > 1:
+            raise self.error(
+                at, f"kernel {kernel}: {' and '.join(kinds)} must have the same number of components"
+            )
 
 
 def _squeeze(text: str) -> str:
