@@ -1,190 +1,202 @@
-"""The native CPU kernels against XLA's dense product, `jax.experimental.sparse` and scipy.
+"""Products, decoding and call overhead on a CPU, against every peer that is installed.
 
-    python benchmarks/cpu.py [--size 5120] [--densities 0.1 0.5] [--batches 1 16 64] [--repeats 15] [--out rows.jsonl]
+    python -m benchmarks.cpu --out rows.jsonl [--quick] [--threads N] [--topics product rows ...]
 
-Writes one JSON object a line: the environment, then a row per case with every repeat of every contender in seconds,
-medians, ratios and the share of the memory bandwidth that was used; then prints a table. Contenders take turns, so
-that a busy moment hits all of them, and every call reads other copies of the matrix, so that nothing waits in a cache
-for the next one: a model reads each of its matrices once per token, too. scipy's product is one-threaded.
-
-`floors` in the rows are what the project promises of two cores with AVX-512: times as fast as each contender.
+Rows have every timed call of every contender in seconds; medians, ratios, tables and plots are `benchmarks.report`'s.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
-import json
 import os
-import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
-from reference import bcsr, environment, measure
 
-from upg_jax import MdCSR, _native, sparse_dense, use_backend
+import upg_jax
+from benchmarks._contenders import Contenders, contenders, prepare_peers, vectors
+from benchmarks._matrices import CHAIN, Matrix
+from benchmarks._rows import Writer, environment
+from upg_jax import MdCSR, _native, sparse_dense
+from upg_jax.cli._measure import bandwidth, take_turns, usable_threads
 
-COLD_BYTES = 128 << 20  # copies of a matrix add up to this, several times the cache
-FLOORS = {
-    (0.1, 1): {"dense": 6, "bcsr": 30, "scipy": 3},
-    (0.5, 1): {"dense": 3},
-    (0.1, 16): {"dense": 2.5},
-    (0.1, 64): {"dense": 2.5},
-    (0.5, 16): {"dense": 1},
-    (0.5, 64): {"dense": 1},
-}
+LARGE = ((5120, 5120), (35840, 5120), (5120, 17920))
+SMALL = ((576, 576), (1536, 576))
+DENSITIES = (0.1, 0.5, 0.05, 0.2, 0.3, 0.7, 1.0)
+BATCHES = (1, 4, 16, 64, 512)
 
 
-def read_bandwidth(library: _native.Library) -> float:
-    """Bytes a second that all cores read together: the best of several passes of the check of columns."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    deltas = [np.ones(64 << 20, np.uint8) for _ in range(cores)]
-    pointers = np.array([0, deltas[0].size], np.uint32)
-    best = float("inf")
-    with ThreadPoolExecutor(cores) as pool:
-        for _ in range(8):
-            begin = time.perf_counter()
-            list(pool.map(lambda d: library.first_row_outside(d, pointers, 2**31 - 1), deltas))
-            best = min(best, time.perf_counter() - begin)
-    return cores * deltas[0].size / best
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the topics are asked for: `quick` or all of it, and how long a contender may take."""
+
+    quick: bool
+    repeats: int
+    budget: float
+
+    def row(self, topic: str, case: dict[str, Any], c: Contenders) -> dict[str, Any]:
+        """Measures some contenders."""
+        return c.row(topic, case, take_turns(c.calls, self.repeats, self.budget))
 
 
-def copies(make: Callable[[], object], nbytes: int) -> itertools.cycle:
-    return itertools.cycle([make() for _ in range(max(2, -(-COLD_BYTES // max(nbytes, 1))))])
+def product(run: Run) -> Iterator[dict[str, Any]]:
+    """`sparse_dense` and the peers: shapes x densities x batches."""
+    shapes = (LARGE[0], SMALL[0]) if run.quick else LARGE + SMALL
+    densities = DENSITIES[:2] if run.quick else DENSITIES
+    for (rows, columns), density in itertools.product(shapes, densities):
+        matrix = Matrix(rows, columns, density)
+        for batch in (1, 16, 64) if run.quick else BATCHES:
+            yield run.row("product", matrix.case(batch), contenders(matrix, batch))
+            matrix.forget()
 
 
-def contenders(layer: MdCSR, x: jax.Array, peers: bool) -> dict[str, Callable[[], object]]:
-    """name -> a function without arguments that runs once and waits."""
+def rows(run: Run) -> Iterator[dict[str, Any]]:
+    """Batch 1 by the number of rows."""
+    for count in (640, 2560) if run.quick else (640, 1280, 2560, 5120, 10240, 20480):
+        for density in (0.1, 0.5):
+            matrix = Matrix(count, 5120, density)
+            found = contenders(matrix, 1, peers=())
+            yield run.row("rows", matrix.case(1), found)
 
-    def jitted(f: Callable, first: object, operands: itertools.cycle) -> Callable[[], object]:
-        compiled = jax.jit(f).lower(x, first).compile()
-        return lambda: jax.block_until_ready(compiled(x, next(operands)))
 
-    def again(tree: object) -> object:
-        return jax.block_until_ready(jax.tree.map(jnp.array, tree))
+def transposed(run: Run) -> Iterator[dict[str, Any]]:
+    """`g @ W` beside `x @ W.T`, the same layers."""
+    for density, batch in itertools.product((0.1, 0.5), (1, 16) if run.quick else BATCHES):
+        matrix = Matrix(5120, 5120, density)
+        found = contenders(matrix, batch, peers=())
+        for name in list(found.calls):
+            g = jnp.asarray(vectors(matrix, batch, rows=True))
+            compiled = jax.jit(_transposed).lower(g, matrix.layers[name]).compile()
+            layers = matrix.layer_stacks(name)
+            found.calls[f"{name}, transposed"] = _waiting(compiled, g, layers)
+        yield run.row("transposed", matrix.case(batch), found)
 
-    def transposed(g: jax.Array, layer: MdCSR) -> jax.Array:
-        shape = (*g.shape[:-1], layer.in_features)
-        return jax.linear_transpose(lambda x: sparse_dense(x, layer), jnp.zeros(shape))(g)[0]
 
-    layers = copies(lambda: again(layer), layer.nbytes)
+def _transposed(g: jax.Array, layer: MdCSR) -> jax.Array:
+    shape = (*g.shape[:-1], layer.in_features)
+    return jax.linear_transpose(lambda x: sparse_dense(x, layer), jnp.zeros(shape))(g)[0]
+
+
+def _waiting(compiled: Callable, x: jax.Array, layers: Iterator[MdCSR]) -> Callable[[], object]:
+    return lambda: jax.block_until_ready(compiled(x, next(layers)))
+
+
+def decode(run: Run) -> Iterator[dict[str, Any]]:
+    """To dense float32: into memory that is used again (a donated buffer) and into fresh memory, beside a copy."""
+    for density in (0.1, 0.5) if run.quick else sorted(DENSITIES):
+        matrix = Matrix(5120, 5120, density)
+        source = np.asarray(matrix.decoded)
+        target = np.empty_like(source)
+        found = Contenders(
+            calls={
+                "numpy.copyto": lambda source=source, target=target: np.copyto(target, source),
+                "numpy.copyto, fresh": lambda source=source: np.copyto(np.empty_like(source), source),
+            }
+        )
+        for name, layer in matrix.layers.items():
+            found.calls[name] = _decoding_into(layer)
+            fresh = jax.jit(lambda layer: layer.to_dense(np.float32)).lower(layer).compile()
+            found.calls[f"{name}, fresh"] = lambda fresh=fresh, layer=layer: jax.block_until_ready(
+                fresh(layer)
+            )
+            found.nbytes[name] = layer.nbytes + source.nbytes
+        yield run.row("decode", matrix.case(0), found)
+
+
+def _decoding_into(layer: MdCSR) -> Callable[[], object]:
+    """Decodes into the same memory every time: the result before is donated, and XLA reuses its buffer."""
+
+    def run(out: jax.Array, layer: MdCSR) -> jax.Array:
+        return layer.to_dense(np.float32)
+
+    out = jax.block_until_ready(layer.to_dense(np.float32))
+    compiled = jax.jit(run, donate_argnums=0, keep_unused=True).lower(out, layer).compile()
+    held = [out]
+
+    def call() -> None:
+        held[:] = [jax.block_until_ready(compiled(held[0], layer))]
+
+    return call
+
+
+def overhead(run: Run) -> Iterator[dict[str, Any]]:
+    """A small layer in a jitted chain, with entries and without: what a call costs besides its arithmetic."""
+    for size, density in ((8, 0.5), (576, 0.0), (576, 0.1), (576, 0.5)):
+        matrix = Matrix(size, size, density)
+        found = contenders(matrix, 1, peers=())
+        yield run.row("overhead", matrix.case(1), found)
+
+
+def pack(run: Run) -> Iterator[dict[str, Any]]:
+    """`upg_jax.pack` itself, and the structural check of a layer, by bytes."""
+    for density in (0.1, 0.5):
+        matrix = Matrix(5120, 5120, density)
+        found = Contenders()
+        layer = matrix.layers["unit delta8"]
+        found.calls["validate"] = layer.validate
+        found.nbytes["validate"] = layer.delta_indices.nbytes
+        found.calls["validate full"] = lambda layer=layer: layer.validate("full")
+        found.nbytes["validate full"] = layer.nbytes
+        if "unit packed" in matrix.layers:
+            found.calls["pack"] = lambda layer=layer: jax.block_until_ready(upg_jax.pack(layer))
+            found.nbytes["pack"] = layer.nbytes + matrix.layers["unit packed"].nbytes
+        yield run.row("pack", matrix.case(0), found)
+
+
+def imports(run: Run) -> Iterator[dict[str, Any]]:
+    """Starting Python with jax, with upg_jax besides, and the command's help."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start(*arguments: str) -> Callable[[], object]:
+        command = [sys.executable, *arguments]
+        return lambda: subprocess.run(command, check=True, capture_output=True, env=environment)
+
     calls = {
-        "native": jitted(sparse_dense, layer, layers),
-        "native transposed": jitted(transposed, layer, layers),
+        "import jax": start("-c", "import jax, jax.numpy, jax.extend.core, jax.interpreters.mlir"),
+        "import upg_jax": start("-c", "import upg_jax; upg_jax.sparse_dense, upg_jax.MdCSR"),
+        "upg-jax --help": start("-m", "upg_jax.cli", "--help"),
     }
-    if not peers:
-        return calls
-    w = layer.to_dense(np.float32)
-    # XLA's fastest forms: `x @ w.T` takes twenty times as long as `w @ x` for one vector, half as long again for many.
-    if x.ndim == 1:
-        calls["dense"] = jitted(lambda x, w: w @ x, w, copies(lambda: again(w), w.nbytes))
-    else:
-        calls["dense"] = jitted(lambda x, wt: x @ wt, w.T, copies(lambda: again(w.T), w.nbytes))
-    if x.ndim == 1:
-        sparse = bcsr(layer)
-        nbytes = sum(a.nbytes for a in jax.tree.leaves(sparse))
-        calls["bcsr"] = jitted(lambda x, m: m @ x, sparse, copies(lambda: again(sparse), nbytes))
-        csr = scipy.sparse.csr_array(np.asarray(w))
-        vector, matrices = np.asarray(x), copies(csr.copy, nbytes)
-        calls["scipy"] = lambda: next(matrices) @ vector
-    return calls
+    yield run.row("imports", {}, Contenders(calls=calls))
 
 
-def row(case: dict, layer: MdCSR, x: jax.Array, seconds: dict[str, list[float]], bandwidth: float) -> dict:
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = {
-        f"{name} / native": time / median["native"] for name, time in median.items() if name != "native"
-    }
-    floors = FLOORS.get((case["density"], case["batch"]), {}) if case["manifold"] == "unit" else {}
-    moved = layer.nbytes + x.nbytes * (1 + layer.out_features / layer.in_features)
-    return {
-        "case": case,
-        "median": median,
-        "ratios": ratios,
-        "floors": {name: {"floor": f, "met": ratios[f"{name} / native"] >= f} for name, f in floors.items()},
-        "bytes": moved,
-        "share of bandwidth": moved / median["native"] / bandwidth,
-        "seconds": seconds,
-    }
-
-
-def rows(arguments: argparse.Namespace, bandwidth: float):
-    rng = np.random.default_rng(0)
-    size = arguments.size
-    w = rng.standard_normal((size, size)).astype(np.float32)
-    for density, manifold in itertools.product(arguments.densities, ("unit", "prime")):
-        layer = MdCSR.from_dense(w, density=density, manifold=manifold)
-        for batch in arguments.batches:
-            shape = (size,) if batch == 1 else (batch, size)
-            x = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
-            case = {"size": size, "density": density, "manifold": manifold, "batch": batch}
-            calls = contenders(layer, x, peers=True)
-            yield row(case, layer, x, measure(calls, arguments.repeats), bandwidth)
-
-
-def call_overhead(repeats: int) -> dict:
-    """Microseconds that a 576 x 576 layer takes at batch 1 in a jitted chain, and a tiny one for the call alone."""
-    out = {}
-    rng = np.random.default_rng(0)
-    for size, density in ((8, 0.5), (576, 0.1), (576, 0.5)):
-        layer = MdCSR.from_dense(rng.standard_normal((size, size)).astype(np.float32), density=density)
-
-        def chain(x: jax.Array, layer: MdCSR) -> jax.Array:
-            for _ in range(64):
-                x = sparse_dense(x, layer)
-            return x
-
-        x = jnp.zeros(size)
-        compiled = jax.jit(chain).lower(x, layer).compile()
-        call = lambda compiled=compiled, x=x, layer=layer: jax.block_until_ready(compiled(x, layer))  # noqa: E731
-        seconds = measure({"chain": call}, repeats)["chain"]
-        out[f"{size} at {density}"] = {"entries": layer.nnz, "us": 1e6 * statistics.median(seconds) / 64}
-    return {"chain of 64": out}
-
-
-def table(records: list[dict]) -> str:
-    lines = [f"{'density':>7} {'manifold':>8} {'batch':>5} {'ms':>8} {'of bandwidth':>12}   times as fast as"]
-    for record in records:
-        case = record["case"]
-        against = ", ".join(
-            f"{name.removesuffix(' / native')} {ratio:.2f}" for name, ratio in record["ratios"].items()
-        )
-        lines.append(
-            f"{case['density']:>7} {case['manifold']:>8} {case['batch']:>5} "
-            f"{1e3 * record['median']['native']:>8.3f} {record['share of bandwidth']:>12.0%}   {against}"
-        )
-    return "\n".join(lines)
+TOPICS = {f.__name__: f for f in (product, transposed, decode, overhead, rows, pack, imports)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", type=int, default=5120, help="rows and columns of the layer")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.5])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="append the rows to this file instead of printing them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, densities and batches")
+    parser.add_argument("--threads", type=int, help="run on so many cores; default: all")
+    parser.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS))
+    parser.add_argument("--repeats", type=int, default=21, help="timed calls of each contender")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds for each contender of a case")
     arguments = parser.parse_args()
+    if arguments.threads:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    prepare_peers()
     library = _native.load()
-    if library is None:
-        sys.exit(f"no native library: {_native.unavailable_reason()}")
-    bandwidth = read_bandwidth(library)
-    out = arguments.out.open("a") if arguments.out else sys.stdout
-    head = {**environment(), "kernels": library.kernels, "read bandwidth": bandwidth}
-    records = []
-    with use_backend("native"):
-        for record in itertools.chain([head, call_overhead(200)], rows(arguments, bandwidth)):
-            print(json.dumps(record), file=out, flush=True)
-            if "case" in record:
-                records.append(record)
-    print(table(records))
+    kernels = library.kernels if library else _native.unavailable_reason()
+    writer = Writer(arguments.out)
+    writer.write(environment(kernels=kernels, chain=CHAIN))
+    run = Run(arguments.quick, arguments.repeats, arguments.budget)
+    for topic in arguments.topics:
+        writer.write({"topic": "bandwidth", "bytes per second": bandwidth()})
+        for row in TOPICS[topic](run):
+            writer.write(row)
+            print(f"{topic} {row['case']}", file=sys.stderr, flush=True)
+    writer.write({"topic": "bandwidth", "bytes per second": bandwidth()})
+    print(f"{arguments.out}: {usable_threads()} threads, {kernels}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

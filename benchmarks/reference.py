@@ -1,142 +1,63 @@
-"""The reference lowering of `sparse_dense` against `jax.experimental.sparse` and XLA's dense product.
+"""The reference lowering of `sparse_dense` against BCSR, XLA's dense product and one decode to dense.
 
-    python benchmarks/reference.py [--size 5120] [--repeats 15] [--out rows.jsonl]
+    python -m benchmarks.reference --out rows.jsonl [--size 5120]
 
-Prints one JSON object a line: the environment, then a row per case with every repeat of every contender in
-seconds, their medians and the ratios. Contenders take turns, so that a busy moment hits all of them.
-
-Bounds that the project promises for the unit manifold (`within` in the rows): at one vector the reference is at
-least 1.5 times as fast as BCSR; from 32 vectors on it takes at most three times the dense product plus one decode.
+It should be at least 1.5 times as fast as BCSR for one vector, and from 32 vectors on take at most three times the
+dense product plus one decode; `benchmarks.floors` tells from the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import statistics
-import sys
-import time
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import sparse
 
-from upg_jax import MdCSR, sparse_dense, use_backend
-
-
-def environment() -> dict:
-    names = ("upg-jax", "jax", "jaxlib", "numpy")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "source tree"
-    cpuinfo = Path("/proc/cpuinfo")
-    fields = {}
-    if cpuinfo.exists():
-        lines = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in lines}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": fields.get("model name", platform.processor()),
-        "cores": os.cpu_count(),
-        "simd": [flag for flag in flags if flag.startswith(("avx", "fma", "asimd", "sve"))],
-        "device": str(jax.devices()[0]),
-        "load": os.getloadavg(),
-    }
+from benchmarks._contenders import contenders
+from benchmarks._matrices import Matrix
+from benchmarks._rows import Writer, environment
+from upg_jax import use_backend
+from upg_jax.cli._measure import take_turns
 
 
-def bcsr(layer: MdCSR) -> sparse.BCSR:
-    """The decoded layer, its columns by running sums of the deltas."""
-    dense = np.asarray(layer.to_dense(np.float32))
-    rows, columns = np.nonzero(dense)
-    indptr = np.searchsorted(rows, np.arange(layer.out_features + 1)).astype(np.int32)
-    parts = (dense[rows, columns], columns.astype(np.int32), indptr)
-    return sparse.BCSR(tuple(map(jnp.asarray, parts)), shape=layer.shape)
-
-
-def contenders(layer: MdCSR, x: jax.Array) -> dict:
-    """name -> a function without arguments that runs once and waits."""
-    dense = layer.to_dense(np.float32)
-    programs = {
-        "reference": (sparse_dense, (x, layer)),
-        # XLA's CPU backend is 30 times slower on `x @ w.T` for one vector.
-        "dense": (lambda x, w: jnp.einsum("...i,oi->...o", x, w), (x, dense)),
-    }
-    if x.ndim == 1:
-        programs["bcsr"] = (lambda m, x: m @ x, (bcsr(layer), x))
-    else:
-        programs["decode"] = (lambda layer: layer.to_dense(np.float32), (layer,))
-    calls = {}
-    for name, (f, args) in programs.items():
-        compiled = jax.jit(f).lower(*args).compile()
-        calls[name] = lambda compiled=compiled, args=args: jax.block_until_ready(compiled(*args))
-    return calls
-
-
-def measure(calls: dict, repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def row(case: dict, seconds: dict[str, list[float]]) -> dict:
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    if "bcsr" in median:
-        ratios = {"bcsr / reference": median["bcsr"] / median["reference"]}
-        within = ratios["bcsr / reference"] >= 1.5
-    else:
-        bound = median["dense"] + median["decode"]
-        ratios = {"reference / (dense + decode)": median["reference"] / bound}
-        within = ratios["reference / (dense + decode)"] <= 3
-    ratios["reference / dense"] = median["reference"] / median["dense"]
-    return {"case": case, "median": median, "ratios": ratios, "within": within, "seconds": seconds}
-
-
-def rows(size: int, repeats: int):
-    rng = np.random.default_rng(0)
-    w = rng.standard_normal((size, size)).astype(np.float32)
-    for manifold in ("unit", "prime"):
-        for density in (0.1, 0.5):
-            layer = MdCSR.from_dense(w, density=density, manifold=manifold)
-            for batch in (1, 32, 64, 512):
-                shape = (size,) if batch == 1 else (batch, size)
-                x = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
-                case = {"size": size, "density": density, "manifold": manifold, "batch": batch}
-                yield row(case, measure(contenders(layer, x), repeats))
+def rows(size: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Densities x batches, both manifolds."""
+    for density, batch in itertools.product((0.1, 0.5), (1, 32, 64, 512)):
+        matrix = Matrix(size, size, density)
+        found = contenders(matrix, batch, peers=("XLA dense float32", *(["BCSR"] if batch == 1 else [])))
+        for name, layer in matrix.layers.items():
+            decode = jax.jit(lambda layer: layer.to_dense(jnp.float32)).lower(layer).compile()
+            found.calls[f"{name} decode"] = lambda decode=decode, layer=layer: jax.block_until_ready(
+                decode(layer)
+            )
+        renamed = {
+            name: name.replace("delta8 decode", "decode").replace("delta8", "reference")
+            for name in found.calls
+        }
+        found.calls = {renamed[name]: call for name, call in found.calls.items()}
+        found.per_call = {renamed[name]: count for name, count in found.per_call.items()}
+        yield found.row("reference", matrix.case(batch), take_turns(found.calls, repeats, budget=2))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     parser.add_argument("--size", type=int, default=5120, help="rows and columns of the layer")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="also append the rows to this file")
     arguments = parser.parse_args()
-    out = arguments.out.open("a") if arguments.out else None
+    writer = Writer(arguments.out)
     with use_backend("reference"):
-        for record in (environment(), *rows(arguments.size, arguments.repeats)):
-            line = json.dumps(record)
-            print(line, flush=True)
-            if out:
-                print(line, file=out, flush=True)
-    if out:
-        out.close()
+        writer.write(environment(kernels="the reference"))
+        for row in rows(arguments.size, arguments.repeats):
+            writer.write(row)
+            print(f"reference {row['case']}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,166 @@
+"""The project's promises of speed, each with what was measured.
+
+    python -m benchmarks.floors RAW...
+
+A floor without rows to tell is listed as not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks._rows import median, read
+from benchmarks._views import OURS, Row, best, of_topic, ratio
+
+DENSE = "XLA dense float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """A promise.
+
+    Attributes:
+        text: what is promised.
+        bound: the ratio (or time) it names.
+        measured: from all rows, the values that each must keep within the bound.
+        at_most: whether the bound is a ceiling.
+    """
+
+    text: str
+    bound: float
+    measured: Callable[[list[Row]], Iterator[float | None]]
+    at_most: bool = False
+
+    def verdict(self, rows: list[Row]) -> tuple[float | None, bool | None]:
+        """The worst measured value, and whether it keeps within the bound."""
+        values = [value for value in self.measured(rows) if value is not None]
+        if not values:
+            return None, None
+        worst = max(values) if self.at_most else min(values)
+        return worst, worst <= self.bound if self.at_most else worst >= self.bound
+
+
+def _square(peer: str, **case: float) -> Callable[[list[Row]], Iterator[float | None]]:
+    def measured(rows: list[Row]) -> Iterator[float | None]:
+        for row in of_topic(rows, "product", rows=5120, columns=5120, **case):
+            yield ratio(row, peer)
+
+    return measured
+
+
+def _every_density(shape: tuple[int, int]) -> Callable[[list[Row]], Iterator[float | None]]:
+    def measured(rows: list[Row]) -> Iterator[float | None]:
+        for row in of_topic(rows, "product", rows=shape[0], columns=shape[1], batch=1):
+            yield ratio(row, DENSE)
+
+    return measured
+
+
+def _prime(rows: list[Row]) -> Iterator[float | None]:
+    for density in (0.1, 0.5):
+        for row in of_topic(rows, "product", rows=5120, columns=5120, batch=1, density=density):
+            unit, prime = best(row), best(row, OURS[2:])
+            yield prime[1] / unit[1] if unit and prime else None
+
+
+def _transposed(rows: list[Row]) -> Iterator[float | None]:
+    for row in of_topic(rows, "transposed"):
+        backward = best(row, tuple(f"{name}, transposed" for name in OURS[:2]))
+        forward = best(row)
+        yield backward[1] / forward[1] if forward and backward else None
+
+
+def _decode(rows: list[Row]) -> Iterator[float | None]:
+    for row in of_topic(rows, "decode"):
+        yield ratio(row, "numpy.copyto")
+
+
+def _overhead(rows: list[Row]) -> Iterator[float | None]:
+    # A layer without entries does everything but the arithmetic.
+    for row in of_topic(rows, "overhead", rows=576, density=0.0):
+        found = best(row)
+        yield 1e6 * found[1] if found else None
+
+
+def _imports(rows: list[Row]) -> Iterator[float | None]:
+    for row in of_topic(rows, "imports"):
+        jax, upg = median(row, "import jax"), median(row, "import upg_jax")
+        yield 1e3 * (upg - jax) if jax and upg else None
+
+
+def _reference(rows: list[Row]) -> Iterator[float | None]:
+    for row in of_topic(rows, "reference", batch=1):
+        yield ratio(row, "BCSR", ("unit reference",))
+
+
+def _reference_batches(rows: list[Row]) -> Iterator[float | None]:
+    for row in of_topic(rows, "reference"):
+        reference, dense, decode = (median(row, name) for name in ("unit reference", DENSE, "unit decode"))
+        if row["case"]["batch"] >= 32 and reference and dense and decode:
+            yield reference / (dense + decode)
+
+
+def _generate(peer: str) -> Callable[[list[Row]], Iterator[float | None]]:
+    def measured(rows: list[Row]) -> Iterator[float | None]:
+        for row in of_topic(rows, "generate"):
+            ours = tuple(name for name in row["seconds"] if name.startswith("unit 0.5"))
+            yield ratio(row, peer, ours)
+
+    return measured
+
+
+FLOORS = [
+    Floor(
+        "5120 x 5120, density 0.1, batch 1: times XLA's dense float32",
+        6,
+        _square(DENSE, density=0.1, batch=1),
+    ),
+    Floor("... times BCSR", 30, _square("BCSR", density=0.1, batch=1)),
+    Floor("... times scipy's CSR", 3, _square("scipy CSR", density=0.1, batch=1)),
+    Floor("density 0.5, batch 1: times dense", 3, _square(DENSE, density=0.5, batch=1)),
+    Floor("density 0.1, batch 16: times dense", 2.5, _square(DENSE, density=0.1, batch=16)),
+    Floor("density 0.1, batch 64: times dense", 2.5, _square(DENSE, density=0.1, batch=64)),
+    Floor("density 0.5, batch 16: times dense", 1, _square(DENSE, density=0.5, batch=16)),
+    Floor("density 0.5, batch 64: times dense", 1, _square(DENSE, density=0.5, batch=64)),
+    *(
+        Floor(f"{shape[0]} x {shape[1]}, every density, batch 1: times dense", 1, _every_density(shape))
+        for shape in ((5120, 5120), (35840, 5120), (5120, 17920), (576, 576), (1536, 576))
+    ),
+    Floor("prime manifold, densities 0.1 and 0.5, batch 1: times unit's time", 1.5, _prime, at_most=True),
+    Floor("transposed product: times the forward one's time", 2, _transposed, at_most=True),
+    Floor("decode to dense float32: times numpy.copyto", 0.7, _decode),
+    Floor("576 x 576 in a jitted chain, without entries: microseconds", 5, _overhead, at_most=True),
+    Floor("import upg_jax: milliseconds beyond jax", 50, _imports, at_most=True),
+    Floor("the reference at one vector: times BCSR", 1.5, _reference),
+    Floor(
+        "SmolLM2-135M at density 0.5, tokens a second: times dense float32", 1.5, _generate("dense float32")
+    ),
+    Floor("... times llama.cpp Q8_0", 1, _generate("llama.cpp Q8_0")),
+    Floor("... times llama.cpp Q4_0", 1, _generate("llama.cpp Q4_0")),
+]
+
+
+def table(rows: list[Row]) -> str:
+    """All floors in Markdown; of several measurements the worst counts."""
+    lines = ["| floor | promised | measured | |", "|---|---:|---:|---|"]
+    for floor in FLOORS:
+        value, kept = floor.verdict(rows)
+        promised = f"{'at most' if floor.at_most else 'at least'} {floor.bound:g}"
+        said = {None: "not measured", True: "pass", False: "**miss**"}[kept]
+        lines.append(f"| {floor.text} | {promised} | {'' if value is None else f'{value:.2f}'} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("raw", nargs="+", type=Path, metavar="RAW")
+    print(table(read(parser.parse_args().raw)), end="")
+
+
+if __name__ == "__main__":
+    main()
