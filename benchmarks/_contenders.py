@@ -88,7 +88,7 @@ class Peer:
 
 def contenders(matrix: Matrix, batch: int, peers: Collection[str] | None = None) -> Contenders:
     """All forms of our layer, and peers: all of them, or those named."""
-    found = Contenders(skipped=dict.fromkeys(matrix.unpacked, "pack leaves this layer as it is"))
+    found = Contenders()
     vectors = 4 * batch * (matrix.rows + matrix.columns)
     for name, layer in matrix.layers.items():
         found.calls[name], found.per_call[name] = _ours(matrix, batch, name)

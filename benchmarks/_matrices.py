@@ -14,6 +14,7 @@ import scipy.sparse
 
 import upg_jax
 from upg_jax import MdCSR
+from upg_jax._index import INDEXES
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ class Matrix:
         columns: of the matrix.
         density: fraction of weights that are not zero.
         chain: how many copies one program multiplies by; 1 for a large matrix.
+        layers: by manifold and index: of the unit manifold all, of the prime manifold delta8 and what `pack` chooses.
+        chosen: by manifold, the index that `pack` chooses.
     """
 
     def __init__(self, rows: int, columns: int, density: float) -> None:
@@ -41,20 +44,14 @@ class Matrix:
         w = np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32) / np.float32(
             columns**0.5
         )
-        self.layers = {
-            f"{manifold} delta8": MdCSR.from_dense(w, density=density, manifold=manifold)
-            for manifold in ("unit", "prime")
-        }
+        self.layers: dict[str, MdCSR] = {}
+        self.chosen = {}
+        for manifold, indexes in (("unit", INDEXES), ("prime", ("delta8",))):
+            layer = MdCSR.from_dense(w, density=density, manifold=manifold)
+            self.chosen[manifold] = upg_jax.pack(layer).index
+            for index in dict.fromkeys((*indexes, self.chosen[manifold])):
+                self.layers[f"{manifold} {index}"] = upg_jax.pack(layer, index)
         del w
-        self.unpacked: list[str] = []
-        pack = getattr(upg_jax, "pack", None)
-        for name, layer in list(self.layers.items()) if pack else []:
-            packed = pack(layer)
-            name = name.replace("delta8", "packed")
-            if jax.tree.structure(packed) == jax.tree.structure(layer):
-                self.unpacked.append(name)
-            else:
-                self.layers[name] = packed
         self._forms: dict[tuple, Any] = {}
         self._used: set[tuple] = set()
 
@@ -71,6 +68,7 @@ class Matrix:
             "density": self.density,
             "batch": batch,
             "nnz": self.nnz,
+            "pack": self.chosen,
         }
 
     @functools.cached_property

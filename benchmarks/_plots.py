@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._rows import median
-from benchmarks._views import OURS, Row, best, bytes_per_second, most_threads, of_topic, read_bandwidth
+from benchmarks._views import OURS, Row, bytes_per_second, most_threads, of_topic, ours, read_bandwidth
 
 _PEERS = ("XLA dense float32", "torch dense bfloat16", "BCSR", "scipy CSR", "MKL CSR")
 
@@ -55,7 +55,7 @@ def _roofline(axes: Any, rows: list[Row]) -> bool:
     bandwidth = read_bandwidth(rows)
     found = list(of_topic(rows, "product", rows=5120, columns=5120))
     highest = 0.0
-    for name, marker in zip((*OURS[:2], "XLA dense float32"), "osx", strict=True):
+    for name, marker in zip((*OURS[:3], "XLA dense float32"), "os^x", strict=True):
         points = []
         for row in found:
             if (rate := bytes_per_second(row, name)) is not None:
@@ -97,18 +97,17 @@ def _batch_scaling(axes: Any, rows: list[Row]) -> bool:
             of_topic(rows, "product", rows=5120, columns=5120, density=density),
             key=lambda r: r["case"]["batch"],
         )
-        ours = [(r["case"]["batch"], 1e3 * b[1] / r["case"]["batch"]) for r in found if (b := best(r))]
-        dense = [
-            (r["case"]["batch"], 1e3 * s / r["case"]["batch"])
-            for r in found
-            if (s := median(r, "XLA dense float32")) is not None
-        ]
-        for label, points, style in (
-            (f"best unit, {density}", ours, "o-"),
-            (f"dense, {density}", dense, "x--"),
+        for label, style, who in (
+            ("packed", "o-", ours),
+            ("XLA dense", "x--", lambda _: "XLA dense float32"),
         ):
+            points = [
+                (batch, 1e3 * s / batch)
+                for r in found
+                if (batch := r["case"]["batch"]) and (s := median(r, who(r))) is not None
+            ]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+                axes.plot(*zip(*points, strict=True), style, label=f"{label}, {density}", markersize=4)
                 drawn = True
     axes.set(xlabel="batch", ylabel="ms a vector", xscale="log", yscale="log")
     return drawn
@@ -119,16 +118,16 @@ def _thread_scaling(axes: Any, rows: list[Row]) -> bool:
     if len(counts) < 2:
         return False
     for density, batch in itertools.product((0.1, 0.5), (1, 64)):
-        for name in ("unit", "XLA dense float32"):
+        for name in ("packed", "XLA dense float32"):
             points = []
             for threads in counts:
                 case = {"rows": 5120, "columns": 5120, "density": density, "batch": batch, "threads": threads}
                 for row in of_topic(rows, "product", **case):
-                    found = best(row) if name == "unit" else best(row, (name,))
-                    points += [(threads, found[1])] if found else []
+                    seconds = median(row, ours(row) if name == "packed" else name)
+                    points += [(threads, seconds)] if seconds else []
             if points:
                 speedups = [(threads, points[0][1] / seconds) for threads, seconds in points]
-                style = "o-" if name == "unit" else "x--"
+                style = "o-" if name == "packed" else "x--"
                 axes.plot(*zip(*speedups, strict=True), style, label=f"{name}, {density}, batch {batch}")
     axes.set(xlabel="threads", ylabel="times as fast as one", xticks=range(1, (most_threads(rows) or 1) + 1))
     return True

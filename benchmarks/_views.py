@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks._rows import median
 
-OURS = ("unit delta8", "unit packed", "prime delta8", "prime packed")
+OURS = ("unit delta8", "unit mask", "unit dense", "prime delta8", "prime mask", "prime dense")
 Row = dict[str, Any]
 
 
@@ -24,16 +24,15 @@ def most_threads(rows: list[Row]) -> int | None:
     return max((row["threads"] for row in rows if row["threads"]), default=None)
 
 
-def best(row: Row, names: tuple[str, ...] = OURS[:2]) -> tuple[str, float] | None:
-    """The fastest of some contenders, by default of the unit manifold's encodings, and its seconds."""
-    found = [(seconds, name) for name in names if (seconds := median(row, name)) is not None]
-    return min(found)[::-1] if found else None
+def ours(row: Row, manifold: str = "unit", suffix: str = "") -> str:
+    """The contender that is our layer in the form that `pack` chooses for it."""
+    return f"{manifold} {row['case']['pack'][manifold]}{suffix}"
 
 
-def ratio(row: Row, peer: str, names: tuple[str, ...] = OURS[:2]) -> float | None:
-    """How many times as fast as a peer the best of ours is."""
-    ours, theirs = best(row, names), median(row, peer)
-    return None if ours is None or theirs is None else theirs / ours[1]
+def ratio(row: Row, peer: str, name: str) -> float | None:
+    """How many times as fast as a peer a contender is."""
+    mine, theirs = median(row, name), median(row, peer)
+    return None if mine is None or theirs is None else theirs / mine
 
 
 def read_bandwidth(rows: list[Row]) -> float:

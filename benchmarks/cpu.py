@@ -145,9 +145,12 @@ def pack(run: Run) -> Iterator[dict[str, Any]]:
         found.nbytes["validate"] = layer.delta_indices.nbytes
         found.calls["validate full"] = lambda layer=layer: layer.validate("full")
         found.nbytes["validate full"] = layer.nbytes
-        if "unit packed" in matrix.layers:
-            found.calls["pack"] = lambda layer=layer: jax.block_until_ready(upg_jax.pack(layer))
-            found.nbytes["pack"] = layer.nbytes + matrix.layers["unit packed"].nbytes
+        for index in ("mask", "dense"):
+            name = f"pack to {index}"
+            found.calls[name] = lambda layer=layer, index=index: jax.block_until_ready(
+                upg_jax.pack(layer, index)
+            )
+            found.nbytes[name] = layer.nbytes + matrix.layers[f"unit {index}"].nbytes
         yield run.row("pack", matrix.case(0), found)
 
 

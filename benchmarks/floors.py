@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks._rows import median, read
-from benchmarks._views import OURS, Row, best, of_topic, ratio
+from benchmarks._views import Row, of_topic, ours, ratio
 
 DENSE = "XLA dense float32"
 
@@ -46,7 +46,7 @@ class Floor:
 def _square(peer: str, **case: float) -> Callable[[list[Row]], Iterator[float | None]]:
     def measured(rows: list[Row]) -> Iterator[float | None]:
         for row in of_topic(rows, "product", rows=5120, columns=5120, **case):
-            yield ratio(row, peer)
+            yield ratio(row, peer, ours(row))
 
     return measured
 
@@ -54,7 +54,7 @@ def _square(peer: str, **case: float) -> Callable[[list[Row]], Iterator[float | 
 def _every_density(shape: tuple[int, int]) -> Callable[[list[Row]], Iterator[float | None]]:
     def measured(rows: list[Row]) -> Iterator[float | None]:
         for row in of_topic(rows, "product", rows=shape[0], columns=shape[1], batch=1):
-            yield ratio(row, DENSE)
+            yield ratio(row, DENSE, ours(row))
 
     return measured
 
@@ -62,27 +62,24 @@ def _every_density(shape: tuple[int, int]) -> Callable[[list[Row]], Iterator[flo
 def _prime(rows: list[Row]) -> Iterator[float | None]:
     for density in (0.1, 0.5):
         for row in of_topic(rows, "product", rows=5120, columns=5120, batch=1, density=density):
-            unit, prime = best(row), best(row, OURS[2:])
-            yield prime[1] / unit[1] if unit and prime else None
+            yield ratio(row, ours(row, "prime"), ours(row))
 
 
 def _transposed(rows: list[Row]) -> Iterator[float | None]:
     for row in of_topic(rows, "transposed"):
-        backward = best(row, tuple(f"{name}, transposed" for name in OURS[:2]))
-        forward = best(row)
-        yield backward[1] / forward[1] if forward and backward else None
+        yield ratio(row, ours(row, suffix=", transposed"), ours(row))
 
 
 def _decode(rows: list[Row]) -> Iterator[float | None]:
     for row in of_topic(rows, "decode"):
-        yield ratio(row, "numpy.copyto")
+        yield ratio(row, "numpy.copyto", ours(row))
 
 
 def _overhead(rows: list[Row]) -> Iterator[float | None]:
     # A layer without entries does everything but the arithmetic.
     for row in of_topic(rows, "overhead", rows=576, density=0.0):
-        found = best(row)
-        yield 1e6 * found[1] if found else None
+        seconds = median(row, ours(row))
+        yield 1e6 * seconds if seconds else None
 
 
 def _imports(rows: list[Row]) -> Iterator[float | None]:
@@ -93,7 +90,7 @@ def _imports(rows: list[Row]) -> Iterator[float | None]:
 
 def _reference(rows: list[Row]) -> Iterator[float | None]:
     for row in of_topic(rows, "reference", batch=1):
-        yield ratio(row, "BCSR", ("unit reference",))
+        yield ratio(row, "BCSR", "unit reference")
 
 
 def _reference_batches(rows: list[Row]) -> Iterator[float | None]:
@@ -106,8 +103,7 @@ def _reference_batches(rows: list[Row]) -> Iterator[float | None]:
 def _generate(peer: str) -> Callable[[list[Row]], Iterator[float | None]]:
     def measured(rows: list[Row]) -> Iterator[float | None]:
         for row in of_topic(rows, "generate"):
-            ours = tuple(name for name in row["seconds"] if name.startswith("unit 0.5"))
-            yield ratio(row, peer, ours)
+            yield ratio(row, peer, "unit 0.5")
 
     return measured
 

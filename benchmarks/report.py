@@ -13,7 +13,9 @@ from pathlib import Path
 
 from benchmarks import _plots, floors
 from benchmarks._rows import median, quartiles, read
-from benchmarks._views import OURS, Row, best, bytes_per_second, of_topic, ratio, read_bandwidth
+from benchmarks._views import OURS, Row, bytes_per_second, of_topic, ours, ratio, read_bandwidth
+
+SHOWN = ("rows", "columns", "density", "batch", "tokens")
 
 
 def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -81,20 +83,21 @@ def products(rows: list[Row], height: int, width: int) -> str:
     found = list(of_topic(rows, "product", rows=height, columns=width))
     peers = list(dict.fromkeys(name for row in found for name in row["seconds"] if name not in OURS))
     bandwidth = read_bandwidth(rows)
-    header = ["batch, density", *(f"{name}, ms" for name in OURS), "of bandwidth", *peers]
+    mine = [name for name in OURS if any(name in row["seconds"] for row in found)]
+    header = ["batch, density", *(f"{name}, ms" for name in mine), "pack takes", "of bandwidth", *peers]
     lines = []
     for row in sorted(found, key=lambda r: (r["case"]["batch"], r["case"]["density"])):
-        ours = best(row)
-        share = bytes_per_second(row, ours[0]) / bandwidth if ours else 0
+        rate = bytes_per_second(row, ours(row))
         lines.append(
             [
                 f"{row['case']['batch']}, {row['case']['density']}",
-                *(times(None if (s := median(row, name)) is None else 1e3 * s) for name in OURS),
-                f"{share:.0%}",
-                *(times(ratio(row, peer)) for peer in peers),
+                *(times(None if (s := median(row, name)) is None else 1e3 * s) for name in mine),
+                row["case"]["pack"]["unit"],
+                "" if rate is None else f"{rate / bandwidth:.0%}",
+                *(times(ratio(row, peer, ours(row))) for peer in peers),
             ]
         )
-    note = "Under the peers' names: how many times as fast the faster unit encoding is.\n"
+    note = "Under the peers' names: how many times as fast the unit layer is in the form that `pack` takes.\n"
     return note + "\n" + markdown(header, lines) + skipped(found)
 
 
@@ -115,7 +118,7 @@ def plain(rows: list[Row], topic: str) -> str:
     names = list(dict.fromkeys(name for row in found for name in row["seconds"]))
     lines = []
     for row in found:
-        case = ", ".join(f"{key} {value}" for key, value in row["case"].items() if key != "nnz")
+        case = ", ".join(f"{key} {value}" for key, value in row["case"].items() if key in SHOWN)
         lines += [[case, name, milliseconds(row, name)] for name in names if name in row["seconds"]]
     return markdown(["case", "what", "ms: median (quartiles)"], lines) if found else ""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from upg_jax._version import __version__
-from upg_jax.cli import _compress, _convert, _demo, _doctor, _evaluate, _generate, _inspect
+from upg_jax.cli import _bench, _compress, _convert, _demo, _doctor, _evaluate, _generate, _inspect
 
 app = typer.Typer(
     help="Compressed linear layers for JAX: compress, inspect and run language models.",
@@ -39,4 +39,5 @@ app.command("inspect")(_inspect.inspect)
 app.command("verify")(_inspect.verify)
 app.command("eval")(_evaluate.evaluate)
 app.command("generate")(_generate.generate)
+app.command("bench")(_bench.bench)
 app.command("doctor")(_doctor.doctor)
