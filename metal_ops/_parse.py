@@ -274,7 +274,7 @@ class _Reader:
     ) -> None:
         """Metal wants positions and sizes of the grid to be all numbers or all vectors of one length."""
         kinds = {
-            p[1]: p[0].lstrip("uintshort") or "1"
+            p[1]: p[0][-1] if p[0][-1] in "23" else "1"
             for p in parameters
             if not isinstance(p, Argument) and p[1] not in _ONE_NUMBER
         }
