@@ -44,14 +44,15 @@ def sanitized(translation: Translation, sanitizers: str, options: Sequence[str])
     }
 
     def run(kernel: str, launch: Launch, buffers: Mapping[int, tuple[int, int]]) -> str:
-        return _run(program, kernel, launch, buffers, writes[kernel])
+        return dispatch(program, kernel, launch, buffers, writes[kernel])
 
     return run
 
 
-def _run(
+def dispatch(
     program: Path, kernel: str, launch: Launch, buffers: Mapping[int, tuple[int, int]], writes: set[int]
 ) -> str:
+    """Runs a dispatch by a program of include/emulator/process.h; returns what went wrong."""
     name = kernel.encode()
     request = [struct.pack("=Q", len(name)), name, bytes(launch), struct.pack("=Q", len(buffers))]
     for index, (address, size) in buffers.items():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers import metal
+from helpers.layers import Case
 
 import metal_ops
-from metal_ops import _build
+from metal_ops import _build, _sanitized
+from metal_ops._emulator import _OPTIONS
 
 KERNEL = """#include <metal_stdlib>
 using namespace metal;
@@ -128,6 +132,32 @@ def test_a_source_that_does_not_compile_says_where(tmp_path):
 def test_orders_are_two():
     with pytest.raises(ValueError, match="order"):
         metal_ops.Emulator(order="sideways")
+
+
+@pytest.mark.slow
+def test_lanes_switch_on_64_bit_arm_too(tmp_path, monkeypatch):
+    compiler, machine = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not compiler or not machine:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    planes = metal.Planes.of(Case("random", (33, 670), "prime").layer)
+    x = np.random.default_rng(0).standard_normal((1, 2, 670)).astype(np.float32)
+    expected = metal.product("sparse_matvec_shared", planes, x, tile=96)
+
+    program = metal_ops.translate(metal.source("sparse_matvec_shared"))
+    monkeypatch.setattr(_build, "compiler", lambda: compiler)
+    options = ("-O1", "-static", "-DMSL_PROCESS", *_OPTIONS)
+    binary = _build.build(program.emulator, options, name="sparse_matvec_shared", suffix=".aarch64")
+    script = tmp_path / "run"
+    script.write_text(f"#!/bin/sh\nexec {machine} {binary}\n")
+    script.chmod(0o755)
+    writes = {name: {9} for name in program.signatures}
+
+    def run(kernel, launch, buffers):
+        return _sanitized.dispatch(script, kernel, launch, buffers, writes[kernel])
+
+    on_arm = metal_ops.Program(program.signatures, run, reverse=False, threads=1)
+    monkeypatch.setattr(metal, "program", lambda *_, **__: on_arm)
+    np.testing.assert_array_equal(metal.product("sparse_matvec_shared", planes, x, tile=96), expected)
 
 
 SCRIPT = """
