@@ -1,15 +1,24 @@
-"""The implementations of `sparse_dense` that the transform tests run on."""
+"""The implementations of `sparse_dense` that the transform tests run on.
+
+All that are usable, the emulator of Metal kernels only under `-m slow`; with `UPG_JAX_BACKEND` set, that one alone:
+`UPG_JAX_BACKEND=emulator python -m pytest tests/sparse_dense`.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
 from upg_jax._sparse_dense import BACKENDS, unavailable_reason
 
+_FORCED = os.environ.get("UPG_JAX_BACKEND")
+_NAMES = [_FORCED] if _FORCED in BACKENDS else list(BACKENDS)
+
 
 def _params(is_slow) -> list:
     params = []
-    for name in BACKENDS:
+    for name in _NAMES:
         if reason := unavailable_reason(name):
             marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")]
         else:
@@ -18,8 +27,8 @@ def _params(is_slow) -> list:
     return params
 
 
-_QUICKEST = "reference" if unavailable_reason("native") else "native"
+_QUICKEST = next(name for name in ("native", "reference", *_NAMES) if name in _NAMES and not unavailable_reason(name))
 
-EVERY_BACKEND = _params(lambda name: False)
+EVERY_BACKEND = _params(lambda name: name == "emulator" and _FORCED != name)
 # The rules of the transforms are the same on all of them: the one that compiles fastest shows most mistakes.
 QUICKEST_BACKEND = _params(lambda name: name != _QUICKEST)

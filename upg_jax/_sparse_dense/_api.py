@@ -39,6 +39,17 @@ def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | 
         IndexError: for a Python `index` outside the stack.
         BackendError: if the backend asked for cannot be used here.
     """
+    x, bias, index = check_operands(x, layer, bias, index)
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return _product(x, layer, bias, index)
+    return _in_auto_mode(sharding, x, layer, bias, index)
+
+
+def check_operands(
+    x: Any, layer: MdCSR, bias: Any | None, index: Any | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Checks the arguments of `sparse_dense`; returns `x`, `bias` and the layer of the stack as arrays."""
     if not isinstance(layer, MdCSR):
         raise TypeError(f"sparse_dense: layer must be an upg_jax.MdCSR; got {type(layer).__name__}")
     if jnp.ndim(layer.values) not in (1, 2):
@@ -50,16 +61,17 @@ def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | 
     _check_x(x, layer)
     if bias is not None:
         bias = _check_bias(jnp.asarray(bias), x, layer)
-    index = _check_index(index, x, layer)
-    sharding = explicit_sharding(x)
-    if sharding is None:
-        return _product(x, layer, bias, index)
-    return _in_auto_mode(sharding, x, layer, bias, index)
+    return x, bias, _check_index(index, x, layer)
 
 
 def _product(x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array) -> jax.Array:
     layout, scales, planes = operands(layer)
     y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=requested_backend())
+    return finish(y, x, bias)
+
+
+def finish(y: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Adds the bias to a float32 product and rounds it to `x`'s dtype, once."""
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y.astype(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
@@ -10,8 +11,9 @@ from typing import Literal, TypeAlias
 from upg_jax import _native
 from upg_jax._compat import TraceContext
 from upg_jax._errors import BackendError
+from upg_jax._sparse_dense import _metal_lowering
 
-Backend: TypeAlias = Literal["auto", "reference", "native"]
+Backend: TypeAlias = Literal["auto", "reference", "native", "metal", "emulator"]
 
 ENVIRONMENT_VARIABLE = "UPG_JAX_BACKEND"
 
@@ -24,8 +26,10 @@ def _always() -> str | None:
 BACKENDS: dict[str, Callable[[], str | None]] = {
     "reference": _always,
     "native": _native.unavailable_reason,
+    "metal": functools.partial(_metal_lowering.unavailable_reason, "metal"),
+    "emulator": functools.partial(_metal_lowering.unavailable_reason, "emulator"),
 }
-_PLANNED = ("metal", "emulator", "cuda")
+_PLANNED = ("cuda",)
 
 _requested = TraceContext("")
 

@@ -11,12 +11,18 @@ import jax
 from upg_jax import _native
 from upg_jax._compat import Primitive, mlir
 from upg_jax._errors import BackendError
-from upg_jax._sparse_dense import _native_lowering, _reference
+from upg_jax._sparse_dense import _metal_lowering, _native_lowering, _reference
 from upg_jax._sparse_dense._decode import decode_p
 from upg_jax._sparse_dense._primitive import Layout, dense_sparse_p, sparse_dense_p
 
 
-def _register_reference(primitive: Primitive, implementation: Callable[..., jax.Array]) -> Callable[..., Any]:
+def _register(
+    primitive: Primitive,
+    implementation: Callable[..., jax.Array],
+    target: str,
+    operation: str,
+    scratch: Callable[..., int] | None = None,
+) -> None:
     """The default lowering is pure HLO, so that it runs under plugins that refuse custom calls."""
     compiled_once = jax.jit(implementation, static_argnames="layout")
 
@@ -31,18 +37,21 @@ def _register_reference(primitive: Primitive, implementation: Callable[..., jax.
             )
         return compiled_once(*args, layout=layout)
 
-    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
-    return mlir.lower_fun(reference, multiple_results=False)
+    anywhere = mlir.lower_fun(default, multiple_results=False)
+    on_cpu = _native_lowering.lowering(target, mlir.lower_fun(reference, multiple_results=False), scratch)
+    mlir.register_lowering(primitive, anywhere)
+    mlir.register_lowering(primitive, _metal_lowering.lowering(operation, on_cpu or anywhere), platform="cpu")
 
 
 for _primitive, _implementation, _target, _transposed in (
     (sparse_dense_p, _reference.sparse_dense, _native.SPARSE_DENSE, False),
     (dense_sparse_p, _reference.dense_sparse, _native.DENSE_SPARSE, True),
 ):
-    _native_lowering.register(
+    _register(
         _primitive,
+        _implementation,
         _target,
-        _register_reference(_primitive, _implementation),
+        _metal_lowering.TRANSPOSED if _transposed else _metal_lowering.PRODUCTS,
         functools.partial(_native_lowering.product_scratch, transposed=_transposed),
     )
-_native_lowering.register(decode_p, _native.DECODE, _register_reference(decode_p, _reference.decode))
+_register(decode_p, _reference.decode, _native.DECODE, _metal_lowering.DECODE)

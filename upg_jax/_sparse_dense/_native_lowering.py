@@ -14,23 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from upg_jax import _native
-from upg_jax._compat import Primitive, mlir
 from upg_jax._errors import BackendError
 from upg_jax._sparse_dense._primitive import Layout
 
 _ELEMENTS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def register(
-    primitive: Primitive,
+def lowering(
     target: str,
     reference: Callable[..., Any],
     scratch_floats: Callable[[_native.Library, Any, Layout], int] | None = None,
-) -> None:
-    """Registers a custom call as the lowering on CPU where the library is loaded.
+) -> Callable[..., Any] | None:
+    """Returns the lowering rule that makes a custom call; None where the library is not loaded.
 
     Args:
-        primitive: any of the primitives over a layer's planes.
         target: name of the call.
         reference: the lowering rule for when the reference is forced or the call does not fit.
         scratch_floats: from the operands' avals, how long a float32 buffer the call works in. It is one more
@@ -38,7 +35,7 @@ def register(
     """
     library = _native.load()
     if library is None:
-        return
+        return None
 
     def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
         reason = _unfit(ctx.avals_in, layout)
@@ -52,7 +49,7 @@ def register(
             results.append(scratch)
         return jax.ffi.ffi_lowering(target)(ctx.replace(avals_out=results), *operands)[:1]
 
-    mlir.register_lowering(primitive, lower, platform="cpu")
+    return lower
 
 
 def product_scratch(library: _native.Library, avals: Any, layout: Layout, *, transposed: bool) -> int:
