@@ -112,6 +112,10 @@ class Plan:
     scratch: int
     why: str
 
+    @functools.cached_property
+    def _constants(self) -> dict[int, bytes]:
+        return {_PARAMETERS: self.parameters.pack()}
+
     def explain(self) -> str:
         """Says in a few lines what is launched, and why."""
         if not self.steps:
@@ -134,7 +138,6 @@ class Plan:
             memory: row-major arrays by name: `x`, `values`, `deltas`, `scales`, `row_pointers`, `index` (int32, a
                 layer for each group), `y` (float32), and on the prime manifold `prime_table` and `prime_indices`.
         """
-        constants = {_PARAMETERS: self.parameters.pack()}
         every: dict[str, Memory | Scratch] = {**memory, "sums": Scratch(self.scratch)}
         # What a kernel takes and does not read in this case must still be bound to something.
         unused = memory["scales"]
@@ -143,7 +146,7 @@ class Plan:
                 step.source,
                 step.kernel,
                 {index: every.get(name, unused) for index, name in step.names.items()},
-                constants,
+                self._constants,
                 step.threadgroups,
                 step.threads,
                 step.threadgroup_memory,

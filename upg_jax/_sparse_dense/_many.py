@@ -125,18 +125,11 @@ def _batch(args: Any, axes: Any, *, layouts: tuple[Layout, ...], backend: str) -
         at = index.ndim
         out = _bind(jnp.moveaxis(x, x_axis, at), index, *flat, layouts=layouts, backend=backend)
         return out, [at] * len(out)
-    out, out_axes = [], []
-    pairs = zip(layouts, _split(flat, layouts), _split(flat_axes, layouts), strict=True)
-    for layout, (scales, *planes), (scales_axis, *plane_axes) in pairs:
-        one, one_axes = (x, scales, index, *planes), (x_axis, scales_axis, index_axis, *plane_axes)
-        if all(axis is None for axis in one_axes):
-            out.append(bind(sparse_dense_p, *one, layout=layout, backend=backend))
-            out_axes.append(batching.not_mapped)
-            continue
-        y, axis = batching.primitive_batchers[sparse_dense_p](one, one_axes, layout=layout, backend=backend)
-        out.append(y)
-        out_axes.append(axis)
-    return out, out_axes
+    single = functools.partial(_one_by_one, layouts=layouts, backend=backend)
+    shared = x_axis is not None or index_axis is not None
+    own = [any(axis is not None for axis in axes) for axes in _split(flat_axes, layouts)]
+    out_axes = [0 if shared or mapped else None for mapped in own]
+    return jax.vmap(single, tuple(axes), out_axes)(*args), out_axes
 
 
 ad.primitive_jvps[sparse_dense_many_p] = _jvp
