@@ -19,13 +19,12 @@ from typing import Any
 
 from metal_ops._ffi_types import (
     CANCELLED,
-    CREATE_ERROR,
-    CREATE_ERROR_OFFSET,
     EXECUTE,
     INTERNAL,
     Call,
     ErrorArguments,
     answer_metadata,
+    create_error,
     read_call,
     read_frame,
 )
@@ -33,6 +32,8 @@ from metal_ops._ffi_types import (
 _HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 # XLA keeps the function pointers for as long as the process lives.
 _registered: dict[str, Any] = {}
+# XLA's function that makes an error; known since the first frame.
+_create_error: Any = None
 # When Ctrl-C came while the main thread was inside a handler; 0 if it did not.
 _interrupted = 0.0
 # An interrupt that came too late for one call stops the next one of the same program, not one an hour later.
@@ -45,6 +46,9 @@ def register_call(target: str, function: Callable[[Call], None]) -> None:
     Registering a name again changes nothing: programs that were compiled keep what they have. Where the process
     handles Ctrl-C in Python's default way, it is deferred while the main thread is inside the function, and then
     fails the program that made the call.
+
+    One gap cannot be closed in Python: where the caller stands within a few frames of the recursion limit, the
+    exception comes before the function's first line. Programs should fill results with NaN before the call.
 
     Args:
         target: name of the call, with a version: compiled programs outlive the process in JAX's cache.
@@ -65,13 +69,12 @@ def make_handler(function: Callable[[Call], None]) -> Any:
     """Returns a C function pointer that XLA can call; it must be kept alive."""
 
     def enter(address: int) -> int | None:
-        global _interrupted
-        api = 0
+        global _interrupted, _create_error
         try:
             extension, api, stage, fields = read_frame(address)
-            if extension and answer_metadata(extension):
-                return None
-            if stage != EXECUTE:
+            if api and _create_error is None:
+                _create_error = create_error(api)
+            if (extension and answer_metadata(extension)) or stage != EXECUTE:
                 return None
             _guard_interrupts()
             function(read_call(fields))
@@ -82,16 +85,16 @@ def make_handler(function: Callable[[Call], None]) -> Any:
                     raise KeyboardInterrupt
             return None
         except BaseException as error:
-            # No function of our own may be called from here: where the recursion limit was the error, that
-            # would raise it again, outside of any `try`.
+            # No Python function may be called from here: where the recursion limit was the error, that would
+            # raise it again, outside of any `try`.
             try:
                 message = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
             except BaseException:
                 message = b"an exception without a message"
+            if _create_error is None:
+                raise
             code = CANCELLED if type(error) is KeyboardInterrupt else INTERNAL
-            arguments = ErrorArguments(ctypes.sizeof(ErrorArguments), None, message, code)
-            create = CREATE_ERROR(ctypes.c_uint64.from_address(api + CREATE_ERROR_OFFSET).value)
-            return create(ctypes.byref(arguments))
+            return _create_error(ErrorArguments(ctypes.sizeof(ErrorArguments), None, message, code))
 
     _codes.add(enter.__code__)
     return _HANDLER(enter)

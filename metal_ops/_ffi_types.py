@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import math
 import struct
+from typing import Any
 
 EXECUTE = 3
 METADATA_EXTENSION = 1
@@ -85,9 +86,9 @@ class ErrorArguments(ctypes.Structure):
     )
 
 
-CREATE_ERROR = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(ErrorArguments))
+_CREATE_ERROR = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(ErrorArguments))
 # XLA_FFI_Api: struct_size, extension_start, api_version (24 bytes), internal_api, and then the first function.
-CREATE_ERROR_OFFSET = 8 + 8 + 24 + 8
+_CREATE_ERROR_OFFSET = 8 + 8 + 24 + 8
 
 
 def read_frame(address: int) -> tuple[int, int, int, tuple[int, ...]]:
@@ -102,9 +103,14 @@ def answer_metadata(extension: int) -> bool:
     if kind != METADATA_EXTENSION:
         return False
     metadata = ctypes.c_uint64.from_address(extension + _EXTENSION.size).value
-    (ctypes.c_int * 2).from_address(metadata + _VERSION_OFFSET)[:] = API_VERSION
+    (ctypes.c_int * 2).from_address(metadata + _VERSION_OFFSET)[:] = list(API_VERSION)
     ctypes.c_uint32.from_address(metadata + _TRAITS_OFFSET).value = 0
     return True
+
+
+def create_error(api: int) -> Any:
+    """XLA's function from `ErrorArguments` to an error."""
+    return _CREATE_ERROR(ctypes.c_uint64.from_address(api + _CREATE_ERROR_OFFSET).value)
 
 
 def read_call(fields: tuple[int, ...]) -> Call:

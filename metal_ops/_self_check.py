@@ -38,7 +38,7 @@ def check_device(device: Device) -> None:
         entries = np.array(values[row_pointers[-1] :], np.float32)
         expected[row] = np.dot(entries, x[used])
         row_pointers.append(len(values))
-    planes = {
+    planes: dict[str, np.ndarray] = {
         "values": np.array(values, np.int8),
         "deltas": np.array(deltas, np.uint8),
         "row_pointers": np.array(row_pointers, np.uint32),

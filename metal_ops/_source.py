@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -34,7 +35,7 @@ class Source:
     origins: tuple[tuple[str, int], ...]
     macros: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of the text: equal texts compile to equal programs."""
         return hashlib.sha256(self.text.encode()).hexdigest()

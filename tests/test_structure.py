@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(importlib.util.find_spec("upg_jax").origin).parent
+METAL = Path(importlib.util.find_spec("metal_ops").origin).parent
 
 # A package may import itself and what stands to its right.
 MAY_IMPORT = {
@@ -19,13 +20,15 @@ MAY_IMPORT = {
     "models": {"core"},
     "compress": {"io", "core"},
     "io": {"core"},
-    "core": {"_native"},
+    "core": {"_native", "metal_ops"},
     "_native": set(),
+    "metal_ops": set(),
 }
 
 
 def layer_of(module: str) -> str:
-    part = module.split(".")[1] if "." in module else ""
+    package, _, rest = module.partition(".")
+    part = package if package == "metal_ops" else rest.partition(".")[0]
     return part if part in MAY_IMPORT else "core"
 
 
@@ -41,15 +44,16 @@ def imports(path: Path) -> set[str]:
 
 
 MODULES = {
-    ".".join(("upg_jax", *path.relative_to(PACKAGE).with_suffix("").parts)): path
-    for path in sorted(PACKAGE.rglob("*.py"))
+    ".".join((package.name, *path.relative_to(package).with_suffix("").parts)): path
+    for package in (PACKAGE, METAL)
+    for path in sorted(package.rglob("*.py"))
 }
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "upg_jax.__init__"])
 def test_imports_point_one_way(module):
     layer = layer_of(module)
-    used = {layer_of(name) for name in imports(MODULES[module]) if name.startswith("upg_jax.")}
+    used = {layer_of(name) for name in imports(MODULES[module]) if name.startswith(("upg_jax.", "metal_ops"))}
     assert used <= {layer, *MAY_IMPORT[layer]}
 
 
@@ -76,6 +80,17 @@ def test_the_product_needs_only_the_required_packages():
     loaded = f"print([m for m in {optional} if m in sys.modules])"
     before = run(f"import sys, jax; {loaded}")
     assert run(f"import sys, upg_jax; upg_jax.sparse_dense; upg_jax.save; {loaded}") == before
+
+
+def test_metal_ops_is_imported_only_where_its_backends_are_asked_for():
+    product = (
+        "upg_jax.sparse_dense(jax.numpy.ones(2), upg_jax.MdCSR.from_dense(jax.numpy.eye(2), density=1.0))"
+    )
+    assert run(f"import sys, jax, upg_jax; {product}; print('metal_ops' in sys.modules)").strip() == "False"
+
+
+def test_metal_ops_needs_no_jax():
+    assert run("import sys, metal_ops; print('jax' in sys.modules)").strip() == "False"
 
 
 def test_every_public_name_exists():

@@ -155,8 +155,8 @@ class Encoder(MetalObject):
         require(self._pipeline is not None, "dispatch: set a pipeline before")
         pipeline = self._pipeline
         limit = pipeline.maxTotalThreadsPerThreadgroup()
-        require(0 < threads.count <= limit, f"dispatch: 1 to {limit} threads in a threadgroup; got {threads}")
-        require(groups.count > 0, f"dispatch: must have threadgroups; got {groups}")
+        require(0 < threads.total <= limit, f"dispatch: 1 to {limit} threads in a threadgroup; got {threads}")
+        require(groups.total > 0, f"dispatch: must have threadgroups; got {groups}")
         used = sum(self._threadgroup.values())
         require(used <= _THREADGROUP_MEMORY, f"dispatch: {used} bytes of threadgroup memory; at most 32 KiB")
         indices, threadgroup_indices = pipeline._arguments

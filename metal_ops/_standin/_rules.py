@@ -26,7 +26,7 @@ class MTLSize(NamedTuple):
     depth: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Their product."""
         return self.width * self.height * self.depth
 

@@ -15,7 +15,7 @@ import numpy as np
 from upg_jax import MdCSR, sparse_dense, use_backend
 
 
-def main(backend: str, rounds: int, steps: int, mode: str) -> None:
+def main(backend: str, rounds: int, steps: int) -> None:
     size = 33
     # A permutation: every step moves each number on by one place, exactly.
     layer = MdCSR.from_dense(np.roll(np.eye(size, dtype=np.float32), 1, axis=0), density=1.0)
@@ -31,8 +31,6 @@ def main(backend: str, rounds: int, steps: int, mode: str) -> None:
         return jax.lax.scan(step, x, None, length=steps)[0]
 
     expected = np.roll(np.arange(size), steps)
-    if mode == "own handler":  # of which nothing is known, so that it stays
-        signal.signal(signal.SIGINT, raise_interrupt)
     with use_backend(backend):
         begin = time.perf_counter()
         np.testing.assert_array_equal(walk(x), expected)
@@ -54,8 +52,7 @@ def main(backend: str, rounds: int, steps: int, mode: str) -> None:
         except KeyboardInterrupt:
             counts["interrupted"] += 1
         except Exception as error:
-            assert "KeyboardInterrupt" in str(error), error
-            counts["failed"] += 1
+            counts["failed" if "KeyboardInterrupt" in str(error) else "wrong"] += 1
         try:
             timer.join()
             time.sleep(0.01)
@@ -64,9 +61,5 @@ def main(backend: str, rounds: int, steps: int, mode: str) -> None:
     print(json.dumps(counts))
 
 
-def raise_interrupt(number, frame):
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -76,12 +76,16 @@ def test_vmap_over_layers_and_over_some_operands(emulator):
     stacks = [stacked(*(Case("random", (n, 13), seed=i) for i in range(3))) for n in (5, 8)]
     xs = CASES[0].x(3, 2)
     assert_close(jax.vmap(sparse_dense_many)(xs, stacks), jax.vmap(separately)(xs, stacks))
-    assert_close(jax.vmap(sparse_dense_many, (None, 0))(X, stacks), jax.vmap(separately, (None, 0))(X, stacks))
+    assert_close(
+        jax.vmap(sparse_dense_many, (None, 0))(X, stacks), jax.vmap(separately, (None, 0))(X, stacks)
+    )
     one_mapped = [stacks[0], LAYERS[1]]
     axes = (None, [0, None])
     out = (0, None)
-    expected = jax.vmap(lambda x, l: tuple(separately(x, l)), axes, out)(X, one_mapped)
-    assert_close(jax.vmap(lambda x, l: tuple(sparse_dense_many(x, l)), axes, out)(X, one_mapped), expected)
+    expected = jax.vmap(lambda x, some: tuple(separately(x, some)), axes, out)(X, one_mapped)
+    assert_close(
+        jax.vmap(lambda x, some: tuple(sparse_dense_many(x, some)), axes, out)(X, one_mapped), expected
+    )
 
 
 def loss_of(products):

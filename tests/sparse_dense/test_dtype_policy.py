@@ -109,14 +109,13 @@ def test_values_do_not_depend_on_x64(one_backend):
         y, vjp = jax.vjp(lambda x: sparse_dense(x, layers, index=i), x)
         return y, vjp(y)[0], layers.to_dense()
 
-    narrow = jax.jit(both)(x, LAYERS, 1)
-    with enable_x64():
-        wide = jax.jit(both)(x, LAYERS, 1)
-        array = jax.jit(both)(x, LAYERS, jnp.array([1, 1, 1]))
-    for a, b, c in zip(narrow, wide, array, strict=True):
-        assert a.dtype == b.dtype == c.dtype
-        np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(a, c)
+    for index in (1, [1, 1, 1]):  # as many vectors of one layer, or a layer for each
+        narrow = jax.jit(both)(x, LAYERS, jnp.asarray(index))
+        with enable_x64():
+            wide = jax.jit(both)(x, LAYERS, jnp.asarray(index))
+        for a, b in zip(narrow, wide, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, None])

@@ -68,10 +68,19 @@ def choose_backend(platform: str) -> tuple[str, str]:
         return backend, f"forced by {origin}"
     if platform != "cpu":
         return "reference", f"no kernels for platform {platform!r} in this version: pure JAX runs everywhere"
+    on_gpu = ""
+    if _metal_lowering.is_apple_silicon():
+        if found := _metal_lowering.unavailable_reason("metal"):
+            on_gpu = f"; no Metal kernels: {found}"
+        else:
+            return "metal", (
+                f"{_metal_lowering.device_name()} takes products of at least {_metal_lowering.MIN_WORK:,} entries "
+                f"times vectors; {'the compiled kernels' if _native.load() else 'pure JAX'} the others"
+            )
     library = _native.load()
     if library is None:
-        return "reference", f"{_native.unavailable_reason()}: pure JAX runs everywhere"
-    return "native", f"the compiled kernels are loaded; this processor runs {library.kernels}"
+        return "reference", f"{_native.unavailable_reason()}: pure JAX runs everywhere{on_gpu}"
+    return "native", f"the compiled kernels are loaded; this processor runs {library.kernels}{on_gpu}"
 
 
 @contextlib.contextmanager

@@ -106,7 +106,9 @@ def _jvp(primals: Any, tangents: Any, *, layouts: tuple[Layout, ...], backend: s
     return out, out_dot
 
 
-def _transpose(cts: Any, x: Any, index: Any, *flat: Any, layouts: tuple[Layout, ...], backend: str) -> list[Any]:
+def _transpose(
+    cts: Any, x: Any, index: Any, *flat: Any, layouts: tuple[Layout, ...], backend: str
+) -> list[Any]:
     ct_x = None
     found: list[Any] = []
     for ct, layout, (scales, *planes) in zip(cts, layouts, _split(flat, layouts), strict=True):

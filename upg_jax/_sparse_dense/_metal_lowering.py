@@ -37,6 +37,13 @@ def unavailable_reason(backend: str) -> str | None:
     return _metal_device.unavailable_reason(backend)
 
 
+def device_name() -> str:
+    """The name of this Mac's GPU."""
+    from upg_jax._sparse_dense import _metal_device
+
+    return _metal_device.device("metal").name
+
+
 def is_apple_silicon() -> bool:
     """Whether this is macOS on arm64."""
     return sys.platform == "darwin" and platform.machine() == "arm64"
@@ -44,7 +51,9 @@ def is_apple_silicon() -> bool:
 
 def gains(backend: str) -> bool:
     """Whether products launched together may cost less than one after the other."""
-    return backend in BACKENDS or (backend == "auto" and is_apple_silicon() and not unavailable_reason("metal"))
+    return backend in BACKENDS or (
+        backend == "auto" and is_apple_silicon() and not unavailable_reason("metal")
+    )
 
 
 def takes(avals: Sequence[Any], layouts: Sequence[Layout], backend: str, decode: bool = False) -> bool:
@@ -61,7 +70,9 @@ def takes(avals: Sequence[Any], layouts: Sequence[Layout], backend: str, decode:
     """
     if backend in BACKENDS:
         if reason := _unfit(avals, layouts, decode):
-            raise BackendError(f"backend {backend!r} cannot be used here: {reason}; use 'auto' or 'reference'")
+            raise BackendError(
+                f"backend {backend!r} cannot be used here: {reason}; use 'auto' or 'reference'"
+            )
         return True
     if decode or not gains(backend) or _unfit(avals, layouts, decode):
         return False
@@ -83,7 +94,7 @@ def lowering(operation: str, otherwise: Callable[..., Any]) -> Callable[..., Any
         avals = ctx.avals_in
         if operation != DECODE:
             # x, scales, index, *planes -> x, index, scales, *planes
-            avals, operands = ([a[0], a[2], a[1], *a[3:]] for a in (avals, operands))
+            avals, operands = ((a[0], a[2], a[1], *a[3:]) for a in (avals, operands))
         return _lower_call(ctx, operation, avals, operands, backend)
 
     return lower
@@ -94,11 +105,10 @@ def lower_products(ctx: Any, *operands: Any, layouts: Sequence[Layout], backend:
     return _lower_call(ctx, PRODUCTS, ctx.avals_in, operands, backend)
 
 
-def _lower_call(
-    ctx: Any, operation: str, avals: Sequence[Any], operands: Sequence[Any], backend: str
-) -> Any:
+def _lower_call(ctx: Any, operation: str, avals: Sequence[Any], operands: Sequence[Any], backend: str) -> Any:
     from upg_jax._sparse_dense import _metal_device
 
+    backend = "metal" if backend == "auto" else backend
     target = _metal_device.register(operation, backend)
     _metal_device.prepare(operation, backend, avals, ctx.avals_out)
     results = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
@@ -108,9 +118,7 @@ def _lower_call(
         # first line runs), it would seem to have succeeded, and nothing else would tell.
         unwritten = [jnp.full(result.shape, jnp.nan, result.dtype) for result in results]
         aliases = {len(operands) + i: i for i in range(len(results))}
-        return jax.ffi.ffi_call(target, results, input_output_aliases=aliases)(
-            *operands, *unwritten
-        )
+        return jax.ffi.ffi_call(target, results, input_output_aliases=aliases)(*operands, *unwritten)
 
     return mlir.lower_fun(call, multiple_results=True)(ctx.replace(avals_in=avals), *operands)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from upg_jax import _mapped_memory
 from upg_jax._errors import FormatError
 from upg_jax.io._header import DTYPES, MAX_HEADER_BYTES, Header, read_header, show, strict_json
 from upg_jax.io._open import looks_like, open_regular
@@ -25,7 +26,9 @@ class MappedFile:
         self.path = path
         with open_regular(path) as file:
             self.header: Header = read_header(file, path)
-            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(pages, np.uint8)
+        _mapped_memory.register(pages, self._bytes.ctypes.data, self._bytes.nbytes)
 
     def view(self, name: str) -> np.ndarray:
         """Returns a read-only view of a tensor; nothing is read."""
