@@ -14,7 +14,7 @@ from metal_ops._ffi_types import Array, Call
 from metal_ops._mdcsr import Parameters, prime_table
 from metal_ops._nvrtc import compile_cuda, nvrtc_version
 from metal_ops._parse import Argument, Signature
-from metal_ops._plans import PRODUCT_KERNELS, Plan, Problem, Step, plan
+from metal_ops._plans import PRODUCT_KERNELS, Plan, Step, Work, plan
 from metal_ops._self_check import check_device
 from metal_ops._source import Source, load_source
 from metal_ops._standin import open_emulated_device
@@ -43,6 +43,7 @@ __all__ = [
     "Step",
     "Translation",
     "UnavailableError",
+    "Work",
     "check",
     "check_device",
     "compile_cuda",

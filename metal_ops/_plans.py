@@ -47,7 +47,7 @@ _DECODE_TILE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Work:
     """What is to be computed, without the data.
 
     Attributes:
@@ -96,17 +96,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a problem is launched.
+    """How something is launched.
 
     Attributes:
-        problem: what is computed.
+        work: what is computed.
         steps: dispatches, in order; none where there is nothing to compute.
         parameters: what every kernel takes.
         scratch: bytes of device memory between the steps.
         why: the reason for the kernel.
     """
 
-    problem: Problem
+    work: Work
     steps: tuple[Step, ...]
     parameters: Parameters
     scratch: int
@@ -156,11 +156,11 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(problem: Problem, limits: Limits, variant: str | None = None) -> Plan:
-    """Chooses how to launch a problem.
+def plan(work: Work, limits: Limits, variant: str | None = None) -> Plan:
+    """Chooses how to launch something.
 
     Args:
-        problem: what is computed.
+        work: what is computed.
         limits: the device's.
         variant: one of `PRODUCT_KERNELS` to use for a product instead of the one that would be chosen.
 
@@ -169,18 +169,18 @@ def plan(problem: Problem, limits: Limits, variant: str | None = None) -> Plan:
     """
     if variant not in (None, *PRODUCT_KERNELS):
         raise ValueError(f"plan: variant must be one of {', '.join(PRODUCT_KERNELS)}; got {variant!r}")
-    if problem.operation == "product":
-        chosen, why = (variant, "it was asked for") if variant else _choose(problem)
-        return _plan_product(problem, limits, chosen, why)
-    if problem.operation == "transposed":
-        return _plan_transposed(problem, limits)
-    return _plan_decode(problem, limits)
+    if work.operation == "product":
+        chosen, why = (variant, "it was asked for") if variant else _choose(work)
+        return _plan_product(work, limits, chosen, why)
+    if work.operation == "transposed":
+        return _plan_transposed(work, limits)
+    return _plan_decode(work, limits)
 
 
-def _choose(problem: Problem) -> tuple[str, str]:
-    if problem.vectors > 1:
-        return "sparse_matvec_batch", f"{problem.vectors} vectors share the decoding of a row"
-    mean = problem.capacity / max(problem.rows, 1)
+def _choose(work: Work) -> tuple[str, str]:
+    if work.vectors > 1:
+        return "sparse_matvec_batch", f"{work.vectors} vectors share the decoding of a row"
+    mean = work.capacity / max(work.rows, 1)
     if mean < _SHORT_ROW:
         return "sparse_matvec", f"rows have {mean:.1f} entries on average, too few for a simdgroup"
     return (
@@ -189,12 +189,12 @@ def _choose(problem: Problem) -> tuple[str, str]:
     )
 
 
-def _plan_product(problem: Problem, limits: Limits, variant: str, why: str) -> Plan:
+def _plan_product(work: Work, limits: Limits, variant: str, why: str) -> Plan:
     source = load_cached(variant)
-    parameters = _parameters(problem)
+    parameters = _parameters(work)
     threads = _threads(limits, _THREADS)
     simdgroups = threads // limits.simd_width
-    per_group, vectors, memory = simdgroups, problem.vectors, {}
+    per_group, vectors, memory = simdgroups, work.vectors, {}
     if variant == "sparse_matvec":
         per_group = threads
     elif variant == "sparse_matvec_batch":
@@ -202,57 +202,57 @@ def _plan_product(problem: Problem, limits: Limits, variant: str, why: str) -> P
     else:
         per_group *= source.constants["ROWS_PER_SIMDGROUP"]
     if variant == "sparse_matvec_shared":
-        tile = max(min(problem.columns, limits.threadgroup_memory // 4), 1)
+        tile = max(min(work.columns, limits.threadgroup_memory // 4), 1)
         parameters = dataclasses.replace(parameters, tile=tile)
         memory = {0: 4 * tile + -4 * tile % 16}
-    grid = (_ceil(problem.rows, per_group), vectors, problem.groups)
-    step = Step(source, _host_name(variant, problem), _names(variant), grid, (threads, 1, 1), memory)
-    return Plan(problem, (step,) if 0 not in grid else (), parameters, 0, why)
+    grid = (_ceil(work.rows, per_group), vectors, work.groups)
+    step = Step(source, _host_name(variant, work), _names(variant), grid, (threads, 1, 1), memory)
+    return Plan(work, (step,) if 0 not in grid else (), parameters, 0, why)
 
 
-def _plan_transposed(problem: Problem, limits: Limits) -> Plan:
+def _plan_transposed(work: Work, limits: Limits) -> Plan:
     source = load_cached(TRANSPOSED_KERNEL)
-    products = max(problem.groups * problem.vectors, 1)
+    products = max(work.groups * work.vectors, 1)
     most = min(
         _TRANSPOSED_SIMDGROUPS // products,
-        problem.rows // _TRANSPOSED_ROWS,
-        _TRANSPOSED_BYTES // max(4 * products * problem.columns, 1),
+        work.rows // _TRANSPOSED_ROWS,
+        _TRANSPOSED_BYTES // max(4 * products * work.columns, 1),
     )
     parts = max(most, 1)
     threads = _threads(limits, _THREADS)
-    outer = (problem.vectors, problem.groups)
+    outer = (work.vectors, work.groups)
     grid = (_ceil(parts, threads // limits.simd_width), *outer)
     names = _names(TRANSPOSED_KERNEL)
-    steps = [Step(source, _host_name(TRANSPOSED_KERNEL, problem), names, grid, (threads, 1, 1))]
+    steps = [Step(source, _host_name(TRANSPOSED_KERNEL, work), names, grid, (threads, 1, 1))]
     if parts > 1:
         steps[0] = dataclasses.replace(steps[0], names={**names, _INDICES["y"]: "sums"})
         names = {_INDICES["x"]: "sums", _INDICES["y"]: "y"}
-        grid = (_ceil(problem.columns, threads), *outer)
+        grid = (_ceil(work.columns, threads), *outer)
         steps.append(Step(source, "dense_sparse_sum", names, grid, (threads, 1, 1)))
-    empty = 0 in (problem.columns, *outer)
+    empty = 0 in (work.columns, *outer)
     return Plan(
-        problem,
+        work,
         () if empty else tuple(steps),
-        dataclasses.replace(_parameters(problem), parts=parts),
-        0 if empty or parts == 1 else 4 * products * parts * problem.columns,
+        dataclasses.replace(_parameters(work), parts=parts),
+        0 if empty or parts == 1 else 4 * products * parts * work.columns,
         f"{products} vectors in {parts} parts of the rows give {products * parts} simdgroups work",
     )
 
 
-def _plan_decode(problem: Problem, limits: Limits) -> Plan:
+def _plan_decode(work: Work, limits: Limits) -> Plan:
     source = load_cached(DECODE_KERNEL)
     threads = _threads(limits, _DECODE_SIMDGROUPS * limits.simd_width)
     simdgroups = threads // limits.simd_width
-    tile = max(min(_DECODE_TILE, problem.columns + -problem.columns % 4), 4)
-    grid = (_ceil(problem.rows, simdgroups), 1, problem.layers)
+    tile = max(min(_DECODE_TILE, work.columns + -work.columns % 4), 4)
+    grid = (_ceil(work.rows, simdgroups), 1, work.layers)
     step = Step(
-        source, f"{DECODE_KERNEL}_{problem.manifold}", _names(DECODE_KERNEL), grid, (threads, 1, 1),
+        source, f"{DECODE_KERNEL}_{work.manifold}", _names(DECODE_KERNEL), grid, (threads, 1, 1),
         {0: 4 * tile * simdgroups},
     )  # fmt: skip
-    empty = 0 in (*grid, problem.columns)
-    parameters = dataclasses.replace(_parameters(problem), tile=tile)
+    empty = 0 in (*grid, work.columns)
+    parameters = dataclasses.replace(_parameters(work), tile=tile)
     why = f"a simdgroup for each row builds {tile} columns at a time in threadgroup memory"
-    return Plan(problem, () if empty else (step,), parameters, 0, why)
+    return Plan(work, () if empty else (step,), parameters, 0, why)
 
 
 @functools.cache
@@ -261,19 +261,19 @@ def load_cached(name: str) -> Source:
     return load_source(name)
 
 
-def _parameters(problem: Problem) -> Parameters:
+def _parameters(work: Work) -> Parameters:
     return Parameters(
-        rows=problem.rows,
-        columns=problem.columns,
-        capacity=problem.capacity,
-        layers=problem.layers,
-        vectors=problem.vectors,
-        groups=problem.groups,
+        rows=work.rows,
+        columns=work.columns,
+        capacity=work.capacity,
+        layers=work.layers,
+        vectors=work.vectors,
+        groups=work.groups,
     )
 
 
-def _host_name(kernel: str, problem: Problem) -> str:
-    return f"{kernel}_{problem.manifold}_{problem.dtype}"
+def _host_name(kernel: str, work: Work) -> str:
+    return f"{kernel}_{work.manifold}_{work.dtype}"
 
 
 def _names(kernel: str) -> dict[int, str]:

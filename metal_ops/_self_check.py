@@ -6,7 +6,7 @@ import numpy as np
 
 from metal_ops._apple import COPY_BYTES, Device, Memory
 from metal_ops._errors import KernelError
-from metal_ops._plans import Problem, plan
+from metal_ops._plans import Work, plan
 
 _ROWS = 8
 _FILLER_GAP = 255
@@ -47,8 +47,8 @@ def check_device(device: Device) -> None:
     index = np.zeros(1, np.int32)
     memory = {name: device.resident(plane.tobytes()) for name, plane in planes.items()}
     memory |= {"x": _memory(x), "index": _memory(index), "y": Memory(y.ctypes.data, y.nbytes, written=True)}
-    problem = Problem("product", _ROWS, columns, len(values))
-    device.run(plan(problem, device.limits).launches(memory))
+    work = Work("product", _ROWS, columns, len(values))
+    device.run(plan(work, device.limits).launches(memory))
     if not np.array_equal(y, expected):
         raise KernelError(
             f"Metal: {device.name} gave {y.tolist()} where a product of integers is {expected.tolist()}; "

@@ -7,13 +7,16 @@ All that are usable, the emulator of Metal kernels only under `-m slow`; with `U
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
 from upg_jax._sparse_dense import BACKENDS, unavailable_reason
 
 _FORCED = os.environ.get("UPG_JAX_BACKEND")
-_NAMES = [_FORCED] if _FORCED in BACKENDS else list(BACKENDS)
+_NAMES = (
+    [_FORCED] if _FORCED in BACKENDS else [b for b in BACKENDS if b != "metal" or sys.platform == "darwin"]
+)
 
 
 def _params(is_slow) -> list:

@@ -12,7 +12,7 @@ from helpers.layers import Case, stacked
 from helpers.metal import Planes, aligned
 
 import metal_ops
-from metal_ops import PRODUCT_KERNELS, Limits, Memory, Problem, open_emulated_device, plan
+from metal_ops import PRODUCT_KERNELS, Limits, Memory, Work, open_emulated_device, plan
 
 CASES = (
     Case("random", (33, 67)),
@@ -29,9 +29,9 @@ def device():
     return open_emulated_device()
 
 
-def problem(planes: Planes, operation="product", **more) -> Problem:
+def work(planes: Planes, operation="product", **more) -> Work:
     layers, capacity = planes.values.shape
-    return Problem(operation, *planes.shape, capacity, layers, manifold=planes.manifold, **more)
+    return Work(operation, *planes.shape, capacity, layers, manifold=planes.manifold, **more)
 
 
 def run(device, found: metal_ops.Plan, planes: Planes, x, index, y):
@@ -59,7 +59,7 @@ def test_products(device, case, variant, vectors):
     planes = Planes.of(case.layer)
     x = case.x(vectors)
     y = np.full((vectors, case.shape[0]), np.nan, np.float32)
-    found = plan(problem(planes, vectors=vectors), device.limits, variant)
+    found = plan(work(planes, vectors=vectors), device.limits, variant)
     run(device, found, planes, x, [0], y)
     assert_within_bound(y, lambda x, w, s: x @ w.T * s, x, case.levels, case.scales, terms=case.terms)
 
@@ -70,7 +70,7 @@ def test_products_on_a_device_of_narrow_limits(device, limits, variant):
     case = CASES[0]
     planes, x = Planes.of(case.layer), case.x(3)
     y = np.full((3, case.shape[0]), np.nan, np.float32)
-    found = plan(problem(planes, vectors=3), limits, variant)
+    found = plan(work(planes, vectors=3), limits, variant)
     for step in found.steps:
         assert step.threads[0] <= limits.threads
         assert sum(step.threadgroup_memory.values()) <= limits.threadgroup_memory
@@ -84,7 +84,7 @@ def test_transposed_products(device, case, vectors):
     planes = Planes.of(case.layer)
     g = case.cotangent(vectors)
     y = np.full((vectors, case.shape[1]), np.nan, np.float32)
-    found = plan(problem(planes, "transposed", vectors=vectors), device.limits)
+    found = plan(work(planes, "transposed", vectors=vectors), device.limits)
     run(device, found, planes, g, [0], y)
     assert_within_bound(y, lambda g, w, s: (g * s) @ w, g, case.levels, case.scales, terms=case.terms)
 
@@ -93,7 +93,7 @@ def test_transposed_products(device, case, vectors):
 def test_decoding(device, case):
     planes = Planes.of(case.layer)
     y = np.full((1, *case.shape), np.nan, np.float32)
-    run(device, plan(problem(planes, "decode"), device.limits), planes, np.zeros(0, np.float32), [0], y)
+    run(device, plan(work(planes, "decode"), device.limits), planes, np.zeros(0, np.float32), [0], y)
     np.testing.assert_array_equal(y[0], (case.levels * case.scales[:, None]).astype(np.float32))
 
 
@@ -102,7 +102,7 @@ def test_groups_with_a_layer_of_a_stack_each(device):
     planes = Planes.of(stacked(*cases))
     x, index = cases[0].x(4, 2), [2, 0, 2, 1]
     y = np.full((4, 2, 33), np.nan, np.float32)
-    found = plan(problem(planes, groups=4, vectors=2), device.limits)
+    found = plan(work(planes, groups=4, vectors=2), device.limits)
     run(device, found, planes, x, index, y)
     for group, layer in enumerate(index):
         case = cases[layer]
@@ -117,7 +117,7 @@ def test_every_plan_covers_its_result_and_keeps_to_the_limits():
         shapes, (0.001, 0.1, 0.5), (1, 2, 64, 1000), limits
     ):
         capacity = max(int(rows * columns * density), 1)
-        base = Problem("product", rows, columns, capacity, vectors=n)
+        base = Work("product", rows, columns, capacity, vectors=n)
         variants = [(base, v) for v in (None, *PRODUCT_KERNELS)]
         others = [(dataclasses.replace(base, operation=o), None) for o in ("transposed", "decode")]
         for case, variant in variants + others:
@@ -133,7 +133,7 @@ def test_every_plan_covers_its_result_and_keeps_to_the_limits():
 
 def test_the_choice_and_its_reason():
     def explained(rows, columns, capacity, **more):
-        return plan(Problem("product", rows, columns, capacity, **more), Limits()).explain()
+        return plan(Work("product", rows, columns, capacity, **more), Limits()).explain()
 
     assert explained(5120, 5120, 2_621_440) == (
         "sparse_matvec_simd_unit_float32: 640 x 1 x 1 threadgroups of 256 x 1 x 1 threads\n"
@@ -141,17 +141,17 @@ def test_the_choice_and_its_reason():
     )
     assert "too few for a simdgroup" in explained(5120, 64, 20_000, manifold="prime", dtype="bfloat16")
     assert explained(64, 64, 2000, vectors=5).startswith("sparse_matvec_batch_unit_float32: 8 x 2 x 1")
-    transposed = plan(Problem("transposed", 5120, 640, 100_000, vectors=2), Limits()).explain()
+    transposed = plan(Work("transposed", 5120, 640, 100_000, vectors=2), Limits()).explain()
     assert "dense_sparse_sum" in transposed
     assert "bytes of scratch memory" in transposed
-    decode = plan(Problem("decode", 8, 640, 100), Limits()).explain()
+    decode = plan(Work("decode", 8, 640, 100), Limits()).explain()
     assert "2 x 1 x 1 threadgroups of 128 x 1 x 1 threads, 10,240 bytes of threadgroup memory each" in decode
 
 
 @pytest.mark.parametrize("operation", ["product", "transposed", "decode"])
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_an_empty_result_launches_nothing_and_an_empty_sum_is_zero(device, operation, shape):
-    found = plan(Problem(operation, *shape, 0), device.limits)
+    found = plan(Work(operation, *shape, 0), device.limits)
     empty = {"product": shape[0] == 0, "transposed": shape[1] == 0, "decode": True}[operation]
     assert (found.explain() == "nothing to launch: the result is empty") == empty
     if not empty:
@@ -164,4 +164,4 @@ def test_an_empty_result_launches_nothing_and_an_empty_sum_is_zero(device, opera
 
 def test_an_unknown_variant():
     with pytest.raises(ValueError, match=r"variant must be one of sparse_matvec, .*; got 'fast'"):
-        plan(Problem("product", 1, 1, 1), Limits(), "fast")
+        plan(Work("product", 1, 1, 1), Limits(), "fast")

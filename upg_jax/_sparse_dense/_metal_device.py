@@ -15,7 +15,7 @@ from metal_ops import (
     Memory,
     MetalError,
     Plan,
-    Problem,
+    Work,
     check_device,
     open_apple_device,
     open_emulated_device,
@@ -83,8 +83,8 @@ def prepare(operation: str, backend: str, operands: Sequence[Any], results: Sequ
     described = [
         [Array(0, tuple(a.shape), str(a.dtype), 0) for a in arrays] for arrays in (operands, results)
     ]
-    for problem, *_ in _problems(operation, *described):
-        plan_for(device(backend), problem)
+    for work, *_ in _works(operation, *described):
+        plan_for(device(backend), work)
 
 
 def _run(operation: str, backend: str, call: Call) -> None:
@@ -96,28 +96,28 @@ def _run(operation: str, backend: str, call: Call) -> None:
     # The last operands are what the results begin as, at the results' own addresses.
     operands = call.operands[: len(call.operands) - len(call.results)]
     launches = []
-    for problem, arrays in _problems(operation, operands, call.results):
+    for work, arrays in _works(operation, operands, call.results):
         memory = {name: Memory(a.address, a.nbytes, written=name == "y") for name, a in arrays.items()}
-        if problem.manifold == "prime":
+        if work.manifold == "prime":
             memory["prime_table"] = gpu.resident(_PRIME_TABLE)
-        launches += plan_for(gpu, problem).launches(memory)
+        launches += plan_for(gpu, work).launches(memory)
     if launches:
         gpu.run(launches)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_for(gpu: Device, problem: Problem, variant: str | None = None) -> Plan:
+def plan_for(gpu: Device, work: Work, variant: str | None = None) -> Plan:
     """A plan whose threadgroups are no larger than this device's compiler made the kernels for."""
-    found = plan(problem, gpu.limits, variant)
+    found = plan(work, gpu.limits, variant)
     threads = [gpu.max_threads(step.source, step.kernel) for step in found.steps]
     if all(step.threads[0] <= limit for step, limit in zip(found.steps, threads, strict=True)):
         return found
-    return plan(problem, dataclasses.replace(gpu.limits, threads=min(threads)), variant)
+    return plan(work, dataclasses.replace(gpu.limits, threads=min(threads)), variant)
 
 
-def _problems(
+def _works(
     operation: str, operands: Sequence[Array], results: Sequence[Array]
-) -> Iterator[tuple[Problem, dict[str, Array]]]:
+) -> Iterator[tuple[Work, dict[str, Array]]]:
     """What each result of a call is, and the arrays that it is made of.
 
     Operands are `x` and `index`, except in decoding, and then of each layer scales, row pointers, values, deltas and
@@ -138,7 +138,7 @@ def _problems(
             columns = x.shape[-1] if operation == "products" else columns
             dtype = x.dtype
         yield (
-            Problem(
+            Work(
                 _OPERATIONS[operation],
                 rows,
                 columns,
