@@ -30,9 +30,10 @@ def _params(is_slow) -> list:
     return params
 
 
-_QUICKEST = next(
+_USABLE = [
     name for name in ("native", "reference", *_NAMES) if name in _NAMES and not unavailable_reason(name)
-)
+]
+_QUICKEST = _USABLE[0] if _USABLE else None
 
 EVERY_BACKEND = _params(lambda name: name == "emulator" and name != _FORCED)
 # The rules of the transforms are the same on all of them: the one that compiles fastest shows most mistakes.
