@@ -31,6 +31,7 @@ def rows(size: int, repeats: int) -> Iterator[dict[str, Any]]:
         found = contenders(matrix, batch, peers=("XLA dense float32", *(["BCSR"] if batch == 1 else [])))
         for name in [name for name in matrix.layers if not name.endswith("delta8")]:
             del found.calls[name]
+            found.per_call.pop(name, None)
         for name in [name for name in matrix.layers if name.endswith("delta8")]:
             layer = matrix.layers[name]
             decode = jax.jit(lambda layer: layer.to_dense(jnp.float32)).lower(layer).compile()
