@@ -93,14 +93,3 @@ def test_a_report_has_tables_and_plots_of_the_rows(raw, tmp_path):
     plots = sorted(path.name for path in (tmp_path / "report").glob("*.svg"))
     assert plots == ["batches.svg", "density-batch1.svg", "roofline.svg"]
     assert all(name in text for name in plots)
-
-
-@pytest.mark.slow
-def test_quick_measurements_become_a_report(tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib (pip install 'upg-jax[bench]')")
-    run("benchmarks.cpu", "--quick", "--repeats", "3", "--budget", "0.02", "--out", tmp_path / "rows.jsonl")
-    run("benchmarks.report", tmp_path / "rows.jsonl", "-o", tmp_path)
-    text = run("benchmarks.floors", tmp_path / "rows.jsonl")
-    unmeasured = [line for line in text.splitlines() if "not measured" in line]
-    # What --quick leaves out: three shapes, the reference, the whole model.
-    assert len(unmeasured) == 8, text
