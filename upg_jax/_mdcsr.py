@@ -177,7 +177,7 @@ class MdCSR:
     @property
     def density(self) -> float:
         """`true_nnz` over the number of weights; 0.0 for a matrix without weights."""
-        return self.true_nnz / max(self._num_weights, 1)
+        return self.true_nnz / max(self.num_weights, 1)
 
     @property
     def nbytes(self) -> int:
@@ -187,10 +187,11 @@ class MdCSR:
     @property
     def bits_per_weight(self) -> float:
         """Bits of all planes, scales, row pointers and padding per weight of the dense matrix."""
-        return 8 * self.nbytes / max(self._num_weights, 1)
+        return 8 * self.nbytes / max(self.num_weights, 1)
 
     @property
-    def _num_weights(self) -> int:
+    def num_weights(self) -> int:
+        """Weights of the dense matrix, summed over a stack."""
         return (self.stack_size or 1) * self.out_features * self.in_features
 
     def __repr__(self) -> str:
@@ -201,7 +202,7 @@ class MdCSR:
             size = f"{self.out_features}x{self.in_features}"
             if self.stack_size is not None:
                 size = f"{self.stack_size} x [{size}]"
-            stored = self.nnz / max(self._num_weights, 1)
+            stored = self.nnz / max(self.num_weights, 1)
             return (
                 f"MdCSR({size}, {self.nnz:,} entries ({stored:.1%}), {kind}, "
                 f"{self.bits_per_weight:.2f} bits per weight)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from upg_jax import _native
 from upg_jax._encode import EncodedRows, assemble, encode_entries
 from upg_jax._errors import FormatError
 from upg_jax._index import (
@@ -19,7 +21,15 @@ from upg_jax._index import (
     row_chunks,
     spread_dense,
 )
-from upg_jax._mdcsr import PLANES, MdCSR, stack
+from upg_jax._mdcsr import PLANES, Manifold, MdCSR, stack
+from upg_jax._sparse_dense._backend import requested_backend
+
+# The fastest form up to a density, for one vector, measured with AVX-512 (docs/native.md). An instruction set without
+# gathers or expansions changes the limits little.
+_FASTEST: dict[Manifold, tuple[tuple[float, Index], ...]] = {
+    "unit": ((0.25, "delta8"), (0.8, "mask"), (math.inf, "dense")),
+    "prime": ((math.inf, "delta8"),),
+}
 
 
 def pack(layer: MdCSR, index: Index | None = None) -> MdCSR:
@@ -67,7 +77,14 @@ def unpack(layer: MdCSR) -> MdCSR:
 
 def choose_index(layer: MdCSR) -> tuple[Index, str]:
     """The form in which products with this layer are fastest on this machine, and the reason in words."""
-    return layer.index, "pure JAX walks every form at about the same speed"
+    if _native.load() is None or requested_backend() == "reference":
+        return layer.index, "pure JAX walks every form at about the same speed, so it stays as it is"
+    density = (layer.nnz if layer.index != "dense" else layer.true_nnz) / max(layer.num_weights, 1)
+    index = next(index for limit, index in _FASTEST[layer.manifold] if density < limit)
+    return (
+        index,
+        f"{index} is fastest at density {density:.2f} on the {layer.manifold} manifold with compiled kernels",
+    )
 
 
 def _layers(host: MdCSR) -> list[tuple[str, Any]]:

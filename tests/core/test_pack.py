@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle.mdcsr import columns_of, decode_layer
 
-from upg_jax import FormatError, MdCSR, _index, pack, sparse_dense, stack, unpack, use_backend
+from upg_jax import FormatError, MdCSR, _index, _native, pack, sparse_dense, stack, unpack, use_backend
+from upg_jax._pack import choose_index
 
 PACKED = ("mask", "dense")
 PLANES = ("values", "delta_indices", "prime_indices", "scales", "row_pointers")
@@ -221,6 +222,22 @@ def test_what_a_layer_in_delta8_cannot_hold_is_refused_on_the_way_back():
         unpack(dataclasses.replace(mask, delta_indices=jnp.asarray(far.reshape(-1))))
     with pytest.raises(FormatError, match="row 0: a row's mask has at most one bit an entry"):
         unpack(dataclasses.replace(mask, row_pointers=jnp.asarray(np.array([0, 9, 600], np.uint32))))
+
+
+def test_the_form_is_chosen_by_density_and_says_why():
+    if _native.load() is None:
+        pytest.skip(f"no native library: {_native.unavailable_reason()}")
+    w = np.ones((32, 64), np.float32)
+    for density, index in ((0.1, "delta8"), (0.5, "mask"), (1.0, "dense")):
+        layer = MdCSR.from_dense(w, density=density)
+        for form in (layer, pack(layer, "mask"), pack(layer, "dense")):
+            chosen, reason = choose_index(form)
+            assert chosen == index
+            assert reason.startswith(f"{index} is fastest at density {density:.2f} on the unit manifold")
+            assert pack(form).index == index
+    with use_backend("reference"):
+        assert pack(layer) is layer
+        assert "pure JAX" in choose_index(layer)[1]
 
 
 def test_arguments_are_checked():

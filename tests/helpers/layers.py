@@ -147,6 +147,7 @@ def _cases() -> list:
         case = Case(structure, shape, manifold, dtype, alignment)
         quick = str(case) in _QUICK
         params.append(pytest.param(case, id=str(case), marks=[] if quick else [pytest.mark.slow]))
+    params += [pytest.param(case, id=str(case)) for case in (MASK_CASE, DENSE_CASE)]
     assert {p.id for p in params} >= _QUICK, "a quick case names none of the product"
     return params
 

@@ -20,6 +20,8 @@ CASES = [
     Case("full", (5, 300), "prime"),
     Case("zero", (3, 5)),
     Case("random", (0, 5)),
+    *(Case("empty_rows", (33, 67), "prime", "bfloat16", 8, index=index) for index in ("mask", "dense")),
+    *(Case("random", (5, 1111), index=index) for index in ("mask", "dense")),
 ]
 
 

@@ -100,7 +100,7 @@ def test_an_empty_stack_without_groups_and_a_matrix_without_rows_or_columns():
 
 def test_an_exported_program_names_the_versioned_call():
     x, layer = CASE.x(4), CASE.layer
-    with pytest.raises(ValueError, match=r"upg_jax\.sparse_dense\.v1"):
+    with pytest.raises(ValueError, match=r"upg_jax\.sparse_dense\.v2"):
         jax.export.export(jax.jit(lambda x: sparse_dense(x, layer)))(x)
     allowed = [jax.export.DisabledSafetyCheck.custom_call(_native.SPARSE_DENSE)]
     exported = jax.export.export(jax.jit(lambda x: sparse_dense(x, layer)), disabled_checks=allowed)(x)

@@ -19,13 +19,16 @@ COUNTS = (1, 2, 3, 4, 15, 16, 17, 48, 64, 65, 129)
 SHAPES = ((1, 1), (3, 7), (7, 3), (33, 67), (40, 513))
 
 
-def layer_of(shape, density, manifold, *, row_alignment=1, seed=0) -> MdCSR:
+INDEXES = ("delta8", "mask", "dense")
+
+
+def layer_of(shape, density, manifold, *, row_alignment=1, seed=0, index="delta8") -> MdCSR:
     rng = np.random.default_rng((seed, *shape))
     w = rng.standard_normal(shape).astype(np.float32)
     w[1::5] = 0  # empty rows
     mask = rng.random(shape) < density
     mask[2::5] = True  # full rows
-    return MdCSR.from_dense(w, mask=mask, manifold=manifold, row_alignment=row_alignment)
+    return MdCSR.from_dense(w, mask=mask, manifold=manifold, row_alignment=row_alignment, index=index)
 
 
 def multiply(x, g, layer):
@@ -52,23 +55,25 @@ def check(layer, x, g, dtype="float32"):
     )
 
 
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_every_density_are_within_the_bound(shape, manifold, kernels):
+def test_products_of_every_density_are_within_the_bound(shape, manifold, index, kernels):
     rng = np.random.default_rng(1)
     # 0.25 and 0.6 take windows of 128 and 64 columns on AVX-512.
     for i, density in enumerate((0.02, 0.25, 0.6, 1.0)):
-        layer = layer_of(shape, density, manifold, row_alignment=8 if i % 2 else 1, seed=i)
+        layer = layer_of(shape, density, manifold, row_alignment=8 if i % 2 else 1, seed=i, index=index)
         for n in (COUNTS[i], COUNTS[-1 - i]):
             x = jnp.asarray(rng.standard_normal((n, shape[1])).astype(np.float32))
             g = jnp.asarray(rng.standard_normal((n, shape[0])).astype(np.float32))
             check(layer, x, g)
 
 
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("n", COUNTS)
-def test_every_number_of_vectors(n, kernels):
+def test_every_number_of_vectors(n, index, kernels):
     rng = np.random.default_rng(n)
-    layer = layer_of((33, 67), 0.3, "unit")
+    layer = layer_of((33, 67), 0.3, "unit", index=index)
     x = jnp.asarray(rng.standard_normal((n, 67)).astype(np.float32))
     g = jnp.asarray(rng.standard_normal((n, 33)).astype(np.float32))
     check(layer, x, g)
@@ -101,13 +106,14 @@ def test_subnormal_and_largest_half_precision_numbers_keep_their_value(kernels):
     np.testing.assert_array_equal(y, np.asarray(x))
 
 
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("n", [1, 17])
-def test_a_row_longer_than_the_workspace(n, kernels):
+def test_a_row_longer_than_the_workspace(n, index, kernels):
     columns = 33_000
     rng = np.random.default_rng(0)
     w = rng.uniform(0.5, 1, (3, columns)).astype(np.float32)
     w[1, ::300] = 0
-    layer = MdCSR.from_dense(w)
+    layer = MdCSR.from_dense(w, index=index)
     x = jnp.asarray(rng.standard_normal((n, columns)).astype(np.float32))
     g = jnp.asarray(rng.standard_normal((n, 3)).astype(np.float32))
     levels = np.rint(w.astype(np.float64) / np.asarray(layer.scales)[:, None])
@@ -116,9 +122,13 @@ def test_a_row_longer_than_the_workspace(n, kernels):
     assert_within_bound(gx, lambda g, w, s: g * s @ w, g, levels, layer.scales, terms=20)
 
 
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("n", [1, 20])
-def test_a_stack_gives_the_bits_of_its_layers(n, kernels):
-    layers = [layer_of((33, 67), density, "prime", seed=i) for i, density in enumerate((0.1, 0.5, 1.0))]
+def test_a_stack_gives_the_bits_of_its_layers(n, index, kernels):
+    densities = (0.1, 0.5, 1.0)
+    layers = [
+        layer_of((33, 67), density, "prime", seed=i, index=index) for i, density in enumerate(densities)
+    ]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, n, 67)).astype(np.float32))
     index = jnp.asarray([2, 0, 1, 0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
+from oracle.mdcsr import decode_layer
 
 from upg_jax import MdCSR, sparse_dense
 
@@ -24,6 +27,31 @@ def garbage(rng: np.random.Generator, manifold: str, pointers: np.ndarray) -> Md
         row_pointers=jnp.asarray(pointers.astype(np.uint32)),
         shape=(ROWS, COLUMNS),
     )
+
+
+def packed_garbage(rng: np.random.Generator, manifold: str, index: str, pointers: np.ndarray) -> MdCSR:
+    size = ROWS * 40 if index == "mask" else 0
+    bits = rng.integers(0, 256, size) & rng.integers(0, 256, size)
+    layer = garbage(rng, manifold, pointers)
+    return dataclasses.replace(layer, index=index, delta_indices=jnp.asarray(bits.astype(np.uint8)))
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+@pytest.mark.parametrize("index", ["mask", "dense"])
+def test_entries_without_columns_and_columns_without_entries_add_nothing(index, manifold, n, kernels):
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        pointers = np.concatenate([[0], np.sort(rng.integers(0, ENTRIES + 1, ROWS))])
+        layer = packed_garbage(rng, manifold, index, pointers)
+        dense = decode_layer(layer)
+        x = jnp.asarray(rng.standard_normal((n, COLUMNS)).astype(np.float32))
+        g = jnp.asarray(rng.standard_normal((n, ROWS)).astype(np.float32))
+        y, vjp = jax.vjp(lambda x, layer=layer: sparse_dense(x, layer), x)
+        levels = decode_layer(dataclasses.replace(layer, scales=jnp.ones(ROWS)))
+        assert_within_bound(y, lambda x, w, s: x @ w.T * s, x, levels, layer.scales, terms=ENTRIES + 4)
+        assert_within_bound(vjp(g)[0], lambda g, w, s: g * s @ w, g, levels, layer.scales, terms=ENTRIES + 4)
+        np.testing.assert_array_equal(np.asarray(layer.to_dense(np.float32)), dense)
 
 
 def dropped(layer: MdCSR) -> np.ndarray:
@@ -69,10 +97,14 @@ def test_entries_outside_the_matrix_add_nothing(manifold, n, kernels):
 
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
-def test_row_pointers_of_any_kind_crash_nothing(manifold, n, kernels):
+@pytest.mark.parametrize("index", ["delta8", "mask", "dense"])
+def test_row_pointers_of_any_kind_crash_nothing(index, manifold, n, kernels):
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        layer = garbage(rng, manifold, rng.integers(0, [ENTRIES, 2**32][seed % 2], ROWS + 1))
+        pointers = rng.integers(0, [ENTRIES, 2**32][seed % 2], ROWS + 1)
+        layer = garbage(rng, manifold, pointers)
+        if index != "delta8":
+            layer = packed_garbage(rng, manifold, index, pointers)
         y, vjp = jax.vjp(lambda x, layer=layer: sparse_dense(x, layer), jnp.ones((n, COLUMNS)))
         assert y.shape == (n, ROWS)
         assert vjp(jnp.ones((n, ROWS)))[0].shape == (n, COLUMNS)

@@ -14,9 +14,12 @@ import hashlib, os, sys
 if sys.argv[1] != "all":
     os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[: int(sys.argv[1])]))
 import jax, numpy as np
-from upg_jax import MdCSR, sparse_dense, use_backend
+from upg_jax import MdCSR, pack, sparse_dense, use_backend
 rng = np.random.default_rng(0)
-layer = MdCSR.from_dense(rng.standard_normal((900, 800)).astype(np.float32), density=0.3, manifold="prime")
+w = rng.standard_normal((900, 800)).astype(np.float32)
+prime = MdCSR.from_dense(w, density=0.3, manifold="prime")
+unit = MdCSR.from_dense(w, density=0.3)
+layers = [prime, pack(prime, "mask"), pack(unit, "mask"), pack(unit, "dense")]
 digest = hashlib.sha256()
 with use_backend("native"):
     for n in (1, 3, 16, 100):
@@ -24,16 +27,16 @@ with use_backend("native"):
         g = rng.standard_normal((n, 900)).astype(np.float32)
 
         @jax.jit
-        def products(x, g, layer):
+        def products(x, g, layers):
             # Four independent calls, which XLA may run at once.
             ys = []
-            for i in range(4):
-                y, vjp = jax.vjp(lambda x: sparse_dense(x, layer), x * (i + 1))
+            for layer in layers:
+                y, vjp = jax.vjp(lambda x: sparse_dense(x, layer), x)
                 ys += [y, vjp(g)[0]]
-            return ys, layer.to_dense()
+            return ys, [layer.to_dense() for layer in layers]
 
         for _ in range(10):
-            for array in jax.tree.leaves(products(x, g, layer)):
+            for array in jax.tree.leaves(products(x, g, layers)):
                 digest.update(np.asarray(array).tobytes())
 print(digest.hexdigest())
 """

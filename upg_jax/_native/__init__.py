@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-SPARSE_DENSE = "upg_jax.sparse_dense.v1"
-DENSE_SPARSE = "upg_jax.dense_sparse.v1"
-DECODE = "upg_jax.decode.v1"
+SPARSE_DENSE = "upg_jax.sparse_dense.v2"
+DENSE_SPARSE = "upg_jax.dense_sparse.v2"
+DECODE = "upg_jax.decode.v2"
+
+# As in `src/layer.h`.
+INDEX_NUMBERS = {"delta8": 0, "mask": 1, "dense": 2}
 
 KERNELS_VARIABLE = "UPG_JAX_NATIVE_KERNELS"
 # Older ones have no `ffi::Future`, and register handlers that were built for newer ones without a word; the first
@@ -42,7 +45,7 @@ class Library:
             "upg_usable_kernels": (text, [size]),
             "upg_kernels": (text, []),
             "upg_choose_kernels": (ctypes.c_int, [text]),
-            "upg_scratch_floats": (size, [ctypes.c_int, size, size, size, size, size]),
+            "upg_scratch_floats": (size, [ctypes.c_int, size, size, size, size, size, ctypes.c_int]),
             "upg_first_row_outside": (size, [pointer, pointer, size, size, size]),
         }
         for name, (result, arguments) in signatures.items():
@@ -91,10 +94,19 @@ class Library:
         return bool(self._c.upg_choose_kernels(name.encode()))
 
     def scratch_floats(
-        self, *, transposed: bool, groups: int, vectors: int, rows: int, columns: int, capacity: int
+        self,
+        *,
+        transposed: bool,
+        groups: int,
+        vectors: int,
+        rows: int,
+        columns: int,
+        capacity: int,
+        index: str,
     ) -> int:
         """Floats of scratch memory that a product needs; the same on every machine."""
-        return self._c.upg_scratch_floats(transposed, groups, vectors, rows, columns, capacity)
+        encoding = INDEX_NUMBERS[index]
+        return self._c.upg_scratch_floats(transposed, groups, vectors, rows, columns, capacity, encoding)
 
     def first_row_outside(self, deltas: np.ndarray, row_pointers: np.ndarray, in_features: int) -> int | None:
         """Finds the first row of one layer whose deltas add up to `in_features` or more.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upg_jax import _native
 from upg_jax._errors import BackendError
@@ -38,7 +39,7 @@ def lowering(
         return None
 
     def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
-        reason = _unfit(ctx.avals_in, layout)
+        reason = _unfit(ctx.avals_in)
         if reason and backend == "native":
             raise BackendError(f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'")
         if reason or backend == "reference":
@@ -47,7 +48,8 @@ def lowering(
         if scratch_floats is not None:
             scratch = jax.core.ShapedArray((scratch_floats(library, ctx.avals_in, layout),), jnp.float32)
             results.append(scratch)
-        return jax.ffi.ffi_lowering(target)(ctx.replace(avals_out=results), *operands)[:1]
+        index = np.int32(_native.INDEX_NUMBERS[layout.index])
+        return jax.ffi.ffi_lowering(target)(ctx.replace(avals_out=results), *operands, index=index)[:1]
 
     return lower
 
@@ -63,12 +65,11 @@ def product_scratch(library: _native.Library, avals: Any, layout: Layout, *, tra
         rows=rows,
         columns=columns,
         capacity=values.shape[-1],
+        index=layout.index,
     )
 
 
-def _unfit(avals: Any, layout: Layout) -> str | None:
-    if layout.index != "delta8":
-        return f"the layer's index is {layout.index!r}"
+def _unfit(avals: Any) -> str | None:
     if avals[0].dtype not in _ELEMENTS:
         return f"x is {avals[0].dtype}"
     if not all(isinstance(n, int) for aval in avals for n in aval.shape):

@@ -13,9 +13,9 @@ struct Handler {
 
 // Names carry a version: a compiled program that was saved with one must never meet other operands or scratch memory.
 constexpr Handler handlers[] = {
-    {"upg_jax.sparse_dense.v1", upg_sparse_dense},
-    {"upg_jax.dense_sparse.v1", upg_dense_sparse},
-    {"upg_jax.decode.v1", upg_decode},
+    {"upg_jax.sparse_dense.v2", upg_sparse_dense},
+    {"upg_jax.dense_sparse.v2", upg_dense_sparse},
+    {"upg_jax.decode.v2", upg_decode},
 };
 
 }  // namespace
@@ -34,11 +34,12 @@ const char* upg_kernels() { return upg::kernels().name; }
 int upg_choose_kernels(const char* name) { return upg::choose_kernels(name); }
 
 size_t upg_scratch_floats(int transposed, size_t groups, size_t vectors, size_t rows, size_t columns,
-                          size_t capacity) {
+                          size_t capacity, int index) {
   upg::Stack stack{};
   stack.first.rows = rows;
   stack.first.columns = columns;
   stack.first.capacity = capacity;
+  stack.first.index = static_cast<upg::Index>(index);
   stack.groups = groups;
   return transposed ? upg::transposed_scratch(stack, vectors) : upg::product_scratch(stack, vectors);
 }

@@ -21,7 +21,7 @@ UPG_API int upg_choose_kernels(const char* name);
 
 // Floats of scratch memory that a product needs.
 UPG_API size_t upg_scratch_floats(int transposed, size_t groups, size_t vectors, size_t rows, size_t columns,
-                                  size_t capacity);
+                                  size_t capacity, int index);
 
 // The first row whose last column is not below `columns`, or `rows`. Row pointers may hold anything.
 UPG_API size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers, size_t rows, size_t columns,

@@ -1,8 +1,8 @@
 // Decoding to dense rows, the check of columns, and conversion to float32.
 #pragma once
 
-#include "entries.h"
 #include "half.h"
+#include "rows.h"
 
 namespace upg {
 namespace {
@@ -21,11 +21,34 @@ inline void decode_row(const Layer& layer, Range e, float* out) {
 }
 
 template <class Isa>
+inline void decode_expanded_row(const Layer& layer, size_t row, float* out) {
+  using Run = typename Isa::Run;
+  const float scale = layer.scales[row];
+  const typename Run::Eight scales = Run::broadcast(scale);
+  for_row_values<Isa>(layer, row, [&](size_t first, const std::int8_t* values, size_t columns) {
+    float* const at = out + first;
+    size_t c = 0;
+    for (; c + Isa::kRun <= columns; c += Isa::kRun) {
+      Run::store(at + c, Run::multiply(Run::from_int8(values + c), scales));
+    }
+    for (; c < columns; ++c) at[c] = static_cast<float>(values[c]) * scale;
+  });
+}
+
+template <class Isa>
 void decode(const Layer& layer, float* out, Range rows) {
   for (size_t row = rows.begin; row < rows.end; ++row) {
     float* const dense = out + row * layer.columns;
+    if (layer.index != Index::kDelta8 && !layer.primes) {
+      decode_expanded_row<Isa>(layer, row, dense);
+      continue;
+    }
     __builtin_memset(dense, 0, layer.columns * sizeof(float));
-    if (layer.primes) {
+    if (layer.index != Index::kDelta8) {
+      for_row_entries<Isa, true>(layer, row, [&](const std::uint32_t* columns, const float* levels, size_t n) {
+        for (size_t i = 0; i < n; ++i) dense[columns[i]] += levels[i];
+      });
+    } else if (layer.primes) {
       decode_row<Isa, true>(layer, entries_of(layer, row), dense);
     } else {
       decode_row<Isa, false>(layer, entries_of(layer, row), dense);

@@ -24,6 +24,8 @@ std::vector<const Kernels*> find_usable_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  if (vbmi2) usable.push_back(&kAvx512Vbmi2Kernels);
   if (avx512) usable.push_back(&kAvx512Kernels);
   if (avx2) usable.push_back(&kAvx2Kernels);
 #endif

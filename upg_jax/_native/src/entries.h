@@ -19,13 +19,13 @@ struct Tail {
     if (layer.capacity - entry >= 8) {
       const std::uint64_t kept = (std::uint64_t{1} << (8 * count)) - 1;
       copy_bytes(values, layer.values + entry, kept);
-      copy_bytes(deltas, layer.deltas + entry, kept);
+      if (layer.index == Index::kDelta8) copy_bytes(deltas, layer.deltas + entry, kept);
       if (layer.primes) __builtin_memcpy(primes, layer.primes + entry, sizeof primes);
       return;
     }
     for (size_t i = 0; i < count; ++i) {
       values[i] = layer.values[entry + i];
-      deltas[i] = layer.deltas[entry + i];
+      if (layer.index == Index::kDelta8) deltas[i] = layer.deltas[entry + i];
       if (layer.primes) primes[i] = layer.primes[entry + i];
     }
   }

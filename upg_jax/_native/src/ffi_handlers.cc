@@ -61,7 +61,7 @@ bool has_shape(const ffi::AnyBuffer& buffer, ffi::DataType type, std::initialize
 
 // Reads the planes of a stack; returns what is wrong with them, or nothing.
 std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_pointers, const ffi::AnyBuffer& values,
-                       const ffi::AnyBuffer& deltas, ffi::RemainingArgs rest, size_t columns, Stack& stack) {
+                       const ffi::AnyBuffer& deltas, ffi::RemainingArgs rest, size_t columns, std::int32_t index, Stack& stack) {
   if (scales.dimensions().size() != 2 || values.dimensions().size() != 2) return "planes must have a stack axis";
   const size_t layers = static_cast<size_t>(scales.dimensions()[0]);
   const size_t rows = static_cast<size_t>(scales.dimensions()[1]);
@@ -69,7 +69,6 @@ std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_p
   if (!has_shape(scales, ffi::F32, {layers, rows})) return "scales must be float32 (layers, rows)";
   if (!has_shape(row_pointers, ffi::U32, {layers, rows + 1})) return "row_pointers must be uint32 (layers, rows + 1)";
   if (!has_shape(values, ffi::S8, {layers, capacity})) return "values must be int8 (layers, capacity)";
-  if (!has_shape(deltas, ffi::U8, {layers, capacity})) return "delta_indices must be uint8 (layers, capacity)";
   const std::uint16_t* primes = nullptr;
   if (rest.size() > 1) return "too many operands";
   if (rest.size() == 1) {
@@ -80,6 +79,7 @@ std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_p
     primes = plane->typed_data<std::uint16_t>();
   }
   if (columns >= size_t{1} << 31 || capacity >= size_t{1} << 31) return "shapes must stay below 2**31";
+  if (index < 0 || index > 2) return "the index must be delta8, mask or dense";
   stack.first = {values.typed_data<std::int8_t>(),
                  deltas.typed_data<std::uint8_t>(),
                  primes,
@@ -87,7 +87,11 @@ std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_p
                  row_pointers.typed_data<std::uint32_t>(),
                  rows,
                  columns,
-                 capacity};
+                 capacity,
+                 static_cast<Index>(index)};
+  if (!has_shape(deltas, ffi::U8, {layers, index_bytes(stack.first)})) {
+    return "delta_indices must be uint8 (layers, as the index says)";
+  }
   stack.layers = layers;
   return {};
 }
@@ -112,7 +116,7 @@ using MakePlan = std::unique_ptr<Plan> (*)(const Stack&, const Vectors&, float* 
 using ScratchFloats = size_t (*)(const Stack&, size_t vectors);
 
 // Both products: x (*group, *batch, features), index (*group), y (*group, *batch, features of the other side).
-ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, ffi::AnyBuffer x, ffi::AnyBuffer scales,
+ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encoding, ffi::AnyBuffer x, ffi::AnyBuffer scales,
                      ffi::AnyBuffer index, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                      ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
   const auto x_dims = x.dimensions();
@@ -124,7 +128,7 @@ ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, ffi::AnyBuffer x, f
   const size_t y_features = static_cast<size_t>(y_dims[rank - 1]);
   Stack stack{};
   const std::string problem = read_stack(scales, row_pointers, values, deltas, rest,
-                                         transposed ? y_features : x_features, stack);
+                                         transposed ? y_features : x_features, encoding, stack);
   if (!problem.empty()) return failed(problem);
   if (stack.first.rows != (transposed ? x_features : y_features)) return failed("features must be those of the layer");
   Vectors vectors{x.untyped_data(), Element::kFloat32, product_of(x_dims, group_rank, rank - 1)};
@@ -151,23 +155,26 @@ ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, ffi::AnyBuffer x, f
 
 ffi::Future sparse_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scales, ffi::AnyBuffer index,
                          ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
-                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
-  return multiply(pool, false, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
+                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch,
+                         std::int32_t encoding) {
+  return multiply(pool, false, encoding, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
 }
 
 ffi::Future dense_sparse(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer scales, ffi::AnyBuffer index,
                          ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
-                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
-  return multiply(pool, true, g, scales, index, row_pointers, values, deltas, rest, y, scratch);
+                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch,
+                         std::int32_t encoding) {
+  return multiply(pool, true, encoding, g, scales, index, row_pointers, values, deltas, rest, y, scratch);
 }
 
 ffi::Future decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
-                   ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out) {
+                   ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
+                   std::int32_t encoding) {
   const auto dims = out->dimensions();
   if (dims.size() != 3) return failed("the dense result must be (layers, rows, columns)");
   Stack stack{};
   const std::string problem =
-      read_stack(scales, row_pointers, values, deltas, rest, static_cast<size_t>(dims[2]), stack);
+      read_stack(scales, row_pointers, values, deltas, rest, static_cast<size_t>(dims[2]), encoding, stack);
   if (!problem.empty()) return failed(problem);
   if (!has_shape(*out, ffi::F32, {stack.layers, stack.first.rows, stack.first.columns})) {
     return failed("the dense result must be float32 (layers, rows, columns)");
@@ -190,7 +197,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_sparse_dense, upg::sparse_dense,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::int32_t>("index"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_dense_sparse, upg::dense_sparse,
                               xla::ffi::Ffi::Bind()
@@ -203,7 +211,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_dense_sparse, upg::dense_sparse,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::int32_t>("index"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode, upg::decode,
                               xla::ffi::Ffi::Bind()
@@ -213,4 +222,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode, upg::decode,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::int32_t>("index"));

@@ -44,6 +44,7 @@ extern const Kernels kPortableKernels;
 #ifdef UPG_HAVE_X86_KERNELS
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Vbmi2Kernels;
 #endif
 #ifdef UPG_HAVE_NEON_KERNELS
 extern const Kernels kNeonKernels;

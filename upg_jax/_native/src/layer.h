@@ -12,15 +12,19 @@ namespace upg {
 
 using std::size_t;
 
+// How an entry finds its column; the numbers are part of compiled programs.
+enum class Index : std::int32_t { kDelta8 = 0, kMask = 1, kDense = 2 };
+
 struct Layer {
   const std::int8_t* values;
-  const std::uint8_t* deltas;
+  const std::uint8_t* deltas;  // or a mask, or nothing
   const std::uint16_t* primes;  // null on the unit manifold
   const float* scales;
   const std::uint32_t* row_pointers;
   size_t rows;
   size_t columns;
   size_t capacity;  // length of the planes
+  Index index = Index::kDelta8;
 };
 
 enum class Element { kFloat32, kBFloat16, kFloat16 };
@@ -33,6 +37,15 @@ struct Range {
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
 static inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Words of 64 columns, of which a row's mask has one bit each.
+static inline size_t words_of(const Layer& layer) { return (layer.columns + 63) / 64; }
+
+// Length of one layer's `deltas`.
+static inline size_t index_bytes(const Layer& layer) {
+  if (layer.index == Index::kMask) return layer.rows * words_of(layer) * 8;
+  return layer.index == Index::kDelta8 ? layer.capacity : 0;
+}
 
 // The entries of a row, inside the planes whatever the row pointers say.
 static inline Range entries_of(const Layer& layer, size_t row) {

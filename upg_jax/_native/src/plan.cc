@@ -35,6 +35,7 @@ class Chunks {
   size_t size_;
 };
 
+// Nanoseconds of work per entry, or, of rows that are read whole by a single vector, per column.
 double entry_cost(size_t vectors) {
   if (vectors <= kSingleVectors) return 0.3 * static_cast<double>(vectors);
   return 0.3 + 0.6 * static_cast<double>(round_up(vectors, kUnit) / kUnit);
@@ -195,7 +196,7 @@ class DecodePlan : public Plan {
 Layer Stack::layer(size_t i) const {
   Layer layer = first;
   layer.values += i * layer.capacity;
-  layer.deltas += i * layer.capacity;
+  layer.deltas += i * index_bytes(layer);
   if (layer.primes) layer.primes += i * layer.capacity;
   layer.scales += i * layer.rows;
   layer.row_pointers += i * (layer.rows + 1);

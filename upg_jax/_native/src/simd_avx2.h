@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "expansion.h"
 #include "primes.h"
 #include "slabs.h"
 
@@ -62,6 +63,15 @@ struct Avx2 {
   static Eight from_half(const std::uint16_t* h) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h)));
   }
+  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+    for (size_t i = 0; i < 64; i += 8) {
+      const std::uint8_t* places = kExpansion[bits >> i & 255];
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+      const __m128i spread = _mm_shuffle_epi8(eight, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(places)));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i), spread);
+      values += __builtin_popcountll(bits >> i & 255);
+    }
+  }
   static size_t sum_bytes(const std::uint8_t* p, size_t count) {
     __m256i sums = _mm256_setzero_si256();
     size_t i = 0;
@@ -75,6 +85,9 @@ struct Avx2 {
     for (; i < count; ++i) total += p[i];
     return total;
   }
+
+  using Run = Avx2;
+  static constexpr size_t kRun = 8;
 
   using Wide = __m256;
   static constexpr size_t kLanes = 8;

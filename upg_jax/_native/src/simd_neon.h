@@ -3,6 +3,7 @@
 
 #include <arm_neon.h>
 
+#include "expansion.h"
 #include "primes.h"
 #include "slabs.h"
 
@@ -63,6 +64,13 @@ struct Neon {
     const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(h));
     return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
   }
+  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+    for (size_t i = 0; i < 64; i += 8) {
+      const int8x16_t eight = vcombine_s8(vld1_s8(values), vdup_n_s8(0));
+      vst1_s8(out + i, vqtbl1_s8(eight, vld1_u8(kExpansion[bits >> i & 255])));
+      values += __builtin_popcountll(bits >> i & 255);
+    }
+  }
   static size_t sum_bytes(const std::uint8_t* p, size_t count) {
     uint64x2_t sums = vdupq_n_u64(0);
     size_t i = 0;
@@ -73,6 +81,9 @@ struct Neon {
     for (; i < count; ++i) total += p[i];
     return total;
   }
+
+  using Run = Neon;
+  static constexpr size_t kRun = 8;
 
   using Wide = float32x4_t;
   static constexpr size_t kLanes = 4;

@@ -78,12 +78,24 @@ struct Portable {
     for (int i = 0; i < 8; ++i) v.lane[i] = float_from_half(h[i]);
     return v;
   }
+  // Puts consecutive values where `bits` says: 64 bytes, 0 where there is no bit. Reads 64 values.
+  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+    for (int i = 0; i < 64; ++i) {
+      const std::uint64_t bit = bits >> i & 1;
+      out[i] = bit ? *values : std::int8_t{0};
+      values += bit;
+    }
+  }
   // The sum of `count` bytes.
   static size_t sum_bytes(const std::uint8_t* p, size_t count) {
     size_t total = 0;
     for (size_t i = 0; i < count; ++i) total += p[i];
     return total;
   }
+
+  // Eight or more floats, with the operations of `Eight`: the kernels that read whole rows take so many at a time.
+  using Run = Portable;
+  static constexpr size_t kRun = 8;
 
   // GCC's and Clang's vectors: their loops over arrays as long as a register do not all become vector code.
   using Wide = float __attribute__((vector_size(16)));

@@ -5,8 +5,8 @@
 // first-level cache, and all rows of the tile meet one block before the next.
 #pragma once
 
-#include "entries.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace upg {
 namespace {
@@ -32,30 +32,6 @@ struct Blocks {
     count = (layer.columns >> shift) + 1;
   }
 };
-
-// Decodes entries [begin, end) of a row, the first of which counts from `column`. Writes groups of eight and, behind
-// the last entry inside the matrix, eight columns beyond it; returns how many entries that are.
-template <class Isa, bool kPrime>
-inline size_t decode_entries(const Layer& layer, size_t begin, size_t end, size_t column, std::uint32_t* columns,
-                             float* levels) {
-  std::uint32_t last = static_cast<std::uint32_t>(column);
-  size_t n = 0;
-  for (size_t i = begin; i < end && last < layer.columns; i += 8, n += 8) {
-    if (i + 8 <= end) {
-      last = Isa::running_columns(layer.deltas + i, last, columns + n);
-      Isa::store(levels + n, levels_of<Isa, kPrime>(layer.values + i, primes_at<kPrime>(layer, i)));
-    } else {
-      const Tail tail(layer, i, end - i);
-      last = Isa::running_columns(tail.deltas, last, columns + n);
-      Isa::store(levels + n, levels_of<Isa, kPrime>(tail.values, tail.primes));
-    }
-  }
-  n = smaller(n, end - begin);
-  // Columns never fall along a row, so the first one outside the matrix ends it.
-  while (n > 0 && UPG_UNLIKELY(columns[n - 1] >= layer.columns)) --n;
-  for (size_t j = 0; j < 8; ++j) columns[n + j] = ~std::uint32_t{0};
-  return n;
-}
 
 // Writes to `cuts[1 .. blocks.count]` where each block's entries end, counted from the row's first.
 inline void cut_into_blocks(const std::uint32_t* columns, size_t n, const Blocks& blocks, std::uint32_t* cuts) {
@@ -91,34 +67,34 @@ inline void walk_blocks(size_t rows, const Blocks& blocks, const Workspace& w, V
 // fit the workspace makes several tiles of one row, of which `first` and `last` mark the ends.
 template <class Isa, bool kPrime, class Use>
 inline void for_tiles(const Layer& layer, size_t begin, size_t end, const Blocks& blocks, Workspace& w, Use use) {
-  const auto decode = [&](size_t t, size_t start, Range e, size_t column) {
+  const auto decode = [&](RowEntries<Isa, kPrime>& entries, size_t t, size_t start) {
     w.starts[t] = static_cast<std::uint32_t>(start);
-    const size_t n = decode_entries<Isa, kPrime>(layer, e.begin, e.end, column, w.columns + start, w.levels + start);
+    const size_t n = entries.next(Workspace::kEntries, w.columns + start, w.levels + start);
     cut_into_blocks(w.columns + start, n, blocks, w.cuts + t * (Workspace::kBlocks + 1));
-    return n;
+  };
+  const auto most_entries = [&](size_t row) {
+    const Range e = entries_of(layer, row);
+    return layer.index == Index::kDelta8 ? e.end - e.begin : smaller(e.end - e.begin, layer.columns);
   };
   size_t row = begin;
   while (row < end) {
-    const Range e = entries_of(layer, row);
-    if (e.end - e.begin > Workspace::kEntries) {
-      size_t column = 0;
-      bool last = false;
-      for (size_t i = e.begin; !last; i += Workspace::kEntries) {
-        const Range piece = {i, smaller(e.end, i + Workspace::kEntries)};
-        const size_t n = decode(0, 0, piece, column);
-        if (n) column = w.columns[n - 1];
-        last = piece.end == e.end || n < piece.end - piece.begin;
-        use(row, size_t{1}, i == e.begin, last);
+    if (most_entries(row) > Workspace::kEntries) {
+      RowEntries<Isa, kPrime> entries(layer, row);
+      for (bool first = true, last = false; !last; first = false) {
+        decode(entries, 0, 0);
+        last = entries.done();
+        use(row, size_t{1}, first, last);
       }
       ++row;
       continue;
     }
     size_t rows = 0, used = 0;
     for (; row + rows < end && rows < Workspace::kRows; ++rows) {
-      const Range next = entries_of(layer, row + rows);
-      const size_t room = round_up(next.end - next.begin, 8) + 8;
-      if (next.end - next.begin > Workspace::kEntries || used + room > Workspace::kPaddedEntries) break;
-      decode(rows, used, next, 0);
+      const size_t most = most_entries(row + rows);
+      const size_t room = round_up(most, 8) + 8;
+      if (most > Workspace::kEntries || used + room > Workspace::kPaddedEntries) break;
+      RowEntries<Isa, kPrime> entries(layer, row + rows);
+      decode(entries, rows, used);
       used += room;
     }
     use(row, rows, true, true);

@@ -1,8 +1,8 @@
 // W @ x for one vector: gather the vector's elements by column.
 #pragma once
 
-#include "entries.h"
 #include "kernels.h"
+#include "rows.h"
 #include "slabs.h"
 
 namespace upg {
@@ -44,8 +44,74 @@ inline float gathered_product(const Layer& layer, size_t begin, size_t end, size
   return Isa::sum(Isa::add(sums[0], sums[1])) + rest;
 }
 
+// x from the last whole word of 64 columns on, then zeros.
+class LastWord {
+ public:
+  LastWord(const float* x, size_t columns) {
+    for (size_t c = columns / 64 * 64; c < columns; ++c) floats_[c % 64] = x[c];
+  }
+  const float* floats() const { return floats_; }
+
+ private:
+  alignas(64) float floats_[64] = {};
+};
+
+// sums += values * x for 64 columns.
+template <class Isa>
+inline void add_word(const std::int8_t* values, const float* x, typename Isa::Run::Eight* sums) {
+  using Run = typename Isa::Run;
+  for (size_t i = 0; i < 64; i += 4 * Isa::kRun) {
+    for (size_t j = 0; j < 4; ++j) {
+      const size_t at = i + j * Isa::kRun;
+      sums[j] = Run::multiply_add(Run::from_int8(values + at), Run::load(x + at), sums[j]);
+    }
+  }
+}
+
+// The unscaled product of a row whose index is a mask, or dense: expand it in cache, and multiply zeros, too.
+template <class Isa>
+inline float expanded_product(const Layer& layer, size_t row, const float* x, const LastWord& last) {
+  using Run = typename Isa::Run;
+  typename Run::Eight sums[4] = {Run::zero(), Run::zero(), Run::zero(), Run::zero()};
+  for_row_values<Isa>(layer, row, [&](size_t first, const std::int8_t* values, size_t columns) {
+    size_t c = 0;
+    for (; c + 64 <= columns; c += 64) add_word<Isa>(values + c, x + first + c, sums);
+    if (c < columns) add_word<Isa>(values + c, last.floats(), sums);
+  });
+  return Run::sum(Run::add(Run::add(sums[0], sums[1]), Run::add(sums[2], sums[3])));
+}
+
+// The same on the prime manifold, where the table's look-ups cost most: only what is there is multiplied.
+template <class Isa>
+inline float prime_entries_product(const Layer& layer, size_t row, const float* x) {
+  typename Isa::Eight sum = Isa::zero();
+  for_row_entries<Isa, true>(layer, row, [&](const std::uint32_t* columns, const float* levels, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      size_t c[8];
+      for (size_t j = 0; j < 8; ++j) c[j] = columns[i + j];
+      sum = Isa::multiply_add(Isa::load(levels + i), Isa::gather(x, c), sum);
+    }
+    float elements[8] = {};
+    for (size_t j = 0; i + j < n; ++j) elements[j] = x[columns[i + j]];
+    if (i < n) sum = Isa::multiply_add(Isa::load(levels + i), Isa::load(elements), sum);
+  });
+  return Isa::sum(sum);
+}
+
+template <class Isa>
+inline void product_of_expanded(const Layer& layer, const float* x, float* y, Range rows) {
+  const LastWord last(x, layer.columns);
+  for (size_t row = rows.begin; row < rows.end; ++row) {
+    const float sum =
+        layer.primes ? prime_entries_product<Isa>(layer, row, x) : expanded_product<Isa>(layer, row, x, last);
+    y[row] = sum * layer.scales[row];
+  }
+}
+
 template <class Isa>
 void product_with_vector(const Layer& layer, const float* x, float* y, Range rows) {
+  if (layer.index != Index::kDelta8) return product_of_expanded<Isa>(layer, x, y, rows);
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const float sum = layer.primes ? gathered_product<Isa, true>(layer, e.begin, e.end, 0, x)
@@ -68,12 +134,35 @@ inline void scatter_row(const Layer& layer, Range e, float g, float* y) {
       [&](size_t column, std::int8_t q, const std::uint16_t* k) { y[column] += g * level_of<kPrime>(q, k); });
 }
 
+// The same for a row whose index is a mask, or dense.
+template <class Isa>
+inline void add_expanded_row(const Layer& layer, size_t row, float g, float* y) {
+  if (layer.primes) {
+    for_row_entries<Isa, true>(layer, row, [&](const std::uint32_t* columns, const float* levels, size_t n) {
+      for (size_t i = 0; i < n; ++i) y[columns[i]] += g * levels[i];
+    });
+    return;
+  }
+  using Run = typename Isa::Run;
+  const typename Run::Eight factor = Run::broadcast(g);
+  for_row_values<Isa>(layer, row, [&](size_t first, const std::int8_t* values, size_t columns) {
+    float* const at = y + first;
+    size_t c = 0;
+    for (; c + Isa::kRun <= columns; c += Isa::kRun) {
+      Run::store(at + c, Run::multiply_add(factor, Run::from_int8(values + c), Run::load(at + c)));
+    }
+    for (; c < columns; ++c) at[c] += g * static_cast<float>(values[c]);
+  });
+}
+
 template <class Isa>
 void add_transposed_with_vector(const Layer& layer, const float* g, float* y, Range rows) {
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const float scaled = g[row] * layer.scales[row];
-    if (layer.primes) {
+    if (layer.index != Index::kDelta8) {
+      add_expanded_row<Isa>(layer, row, scaled, y);
+    } else if (layer.primes) {
       scatter_row<Isa, true>(layer, e, scaled, y);
     } else {
       scatter_row<Isa, false>(layer, e, scaled, y);

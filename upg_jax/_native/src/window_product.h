@@ -4,8 +4,10 @@
 
 #include "entries.h"
 #include "gathered_product.h"
+#include "kernels_of.h"
 #include "simd_avx512.h"
 #include "slabs.h"
+#include "vector_product.h"
 
 namespace upg {
 namespace {
@@ -93,12 +95,21 @@ inline float row_product(const Layer& layer, Range e, const float* x) {
   return gathered_product_with_avx2(layer, e.begin, e.end, 0, x);
 }
 
-inline void product_with_vector_by_density(const Layer& layer, const float* x, float* y, Range rows) {
+template <class Isa>
+void product_with_vector_by_density(const Layer& layer, const float* x, float* y, Range rows) {
+  if (layer.index != Index::kDelta8) return product_of_expanded<Isa>(layer, x, y, rows);
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const float sum = layer.primes ? row_product<true>(layer, e, x) : row_product<false>(layer, e, x);
     y[row] = sum * layer.scales[row];
   }
+}
+
+template <class Isa>
+constexpr Kernels with_windows() {
+  Kernels kernels = kernels_of<Isa>();
+  kernels.product_with_vector = product_with_vector_by_density<Isa>;
+  return kernels;
 }
 
 }  // namespace
