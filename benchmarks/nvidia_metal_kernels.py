@@ -6,13 +6,12 @@ a line per result and appends JSON lines to a file.
     python benchmarks/nvidia_metal_kernels.py [--check] [--sweep] [--out rows.jsonl]
     compute-sanitizer --tool memcheck python benchmarks/nvidia_metal_kernels.py --check
 
-`--check` only checks; `--sweep` times `sparse_matvec_simd` with other macros and threadgroups, too.
+`--check` only checks; `--sweep` times other macros and threadgroups, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -34,7 +33,7 @@ EPS = 2.0**-24
 SHAPES = ((7680, 5120), (5120, 5120), (35840, 5120), (5120, 17920))  # Phi-4's projections
 PRODUCTS = ("sparse_matvec", "sparse_matvec_shared", "sparse_matvec_simd", "sparse_matvec_batch")
 DTYPES = ("float32", "float16", "bfloat16")
-PARTS = 264  # of the rows in a timed transposed product
+PARTS = (1056, 264, 528, 2112)  # of the rows in timed transposed products
 
 
 def as_read(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -128,76 +127,102 @@ def copy_bandwidth(cuda: Cuda) -> float:
     return 2 * size / seconds
 
 
-def timings(gpu: Gpu, report, sweep: bool) -> None:
-    cuda, rng = gpu.cuda, np.random.default_rng(0)
-    bandwidth = copy_bandwidth(cuda)
-    report(kind="bandwidth", gigabytes_per_second=bandwidth * 1e-9, ok=True)
-    for (rows, columns), density, manifold in itertools.product(SHAPES, (0.1, 0.5), ("unit", "prime")):
-        one = valid((rows, columns), density, manifold, 1, 16, 0)
-        # Copies of the layer beyond any cache: a launch reads what none of the last ones did.
-        copies = max(2, up(400 << 20, one.bytes_read))
-        repeat = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
-        for name in ("values", "deltas", "primes", "scales", "row_pointers"):
-            if repeat[name] is not None:
-                repeat[name] = np.repeat(np.asarray(repeat[name]), copies, axis=0)
-        layers = Layers(**repeat)
-        placed, longest = gpu.put(layers), max(rows, columns)
-        x = rng.standard_normal((16, longest)).astype(np.float32)
-        index = [cuda.put(np.array([i], np.int32)) for i in range(copies)]
-        placed |= {0: cuda.put(x), 9: cuda.empty(4 * 16 * longest), 11: cuda.empty(4 * PARTS * columns)}
-        case = {"rows": rows, "columns": columns, "density": density, "manifold": manifold}
+class Timed:
+    """A layer on the GPU in so many copies that no launch finds in a cache what an earlier one read."""
 
-        def time_of(
-            name: str, launch, count: int = copies, case=case, one=one, index=index, placed=placed, **facts
-        ):
-            launches = [launch({**placed, 7: index[i]}) for i in range(count)]
-            launches = [one for each in launches for one in (each if isinstance(each, list) else [each])]
-            per_layer = cuda.seconds(launches) * len(launches) / count
-            report(
-                kind="time", kernel=name, **case, **facts, copies=count, microseconds=per_layer * 1e6,
-                fraction_of_bandwidth=one.bytes_read / per_layer / bandwidth, ok=True,
-            )  # fmt: skip
+    def __init__(self, gpu: Gpu, report, bandwidth: float, one: Layers, facts: dict) -> None:
+        self.gpu, self.report, self.bandwidth, self.one, self.facts = gpu, report, bandwidth, one, facts
+        self.copies = max(2, up(400 << 20, one.bytes_read))
+        fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+        repeated = {
+            name: np.repeat(array, self.copies, axis=0) if isinstance(array, np.ndarray) else array
+            for name, array in fields.items()
+        }
+        self.layers, longest = Layers(**repeated), max(one.shape)
+        x = np.random.default_rng(0).standard_normal((16, longest)).astype(np.float32)
+        self.index = [gpu.cuda.put(np.array([i], np.int32)) for i in range(self.copies)]
+        self.buffers = gpu.put(self.layers) | {
+            0: gpu.cuda.put(x),
+            9: gpu.cuda.empty(4 * 16 * longest),
+            11: gpu.cuda.empty(4 * max(PARTS) * one.shape[1]),
+        }
 
-        for name, dtype in itertools.product(PRODUCTS[:3], ("float32", "bfloat16")):
-            time_of(
-                name,
-                lambda b, n=name, d=dtype, held=layers: gpu.product(n, held, b, d, 1, 1),
-                dtype=dtype,
-                vectors=1,
+    def free(self) -> None:
+        self.gpu.free(self.buffers | dict(enumerate(self.index, 100)))
+
+    def _row(self, kernel: str, seconds: float, moved: int, **facts: object) -> None:
+        share = moved / seconds / self.bandwidth
+        self.report(
+            kind="time", kernel=kernel, **self.facts, **facts, copies=self.copies, microseconds=seconds * 1e6,
+            fraction_of_bandwidth=share, ok=True,
+        )  # fmt: skip
+
+    def product(self, kernel: str, dtype: str, vectors: int, threads: int = 128, **macros: int) -> None:
+        launches = [
+            self.gpu.product(
+                kernel, self.layers, {**self.buffers, 7: i}, dtype, vectors, 1, threads=threads, macros=macros
             )
-        few = min(copies, 8)
-        for vectors in (4, 16):
+            for i in self.index
+        ]
+        seconds = self.gpu.cuda.seconds(launches)
+        facts = {"dtype": dtype, "vectors": vectors, "threads": threads, **macros}
+        self._row(kernel, seconds, self.one.bytes_read, **facts)
 
-            def batch(buffers: dict, vectors: int = vectors, held: Layers = layers):
-                return gpu.product("sparse_matvec_batch", held, buffers, "bfloat16", vectors, 1)
+    def transposed(self, parts: int) -> None:
+        pairs = [
+            self.gpu.transposed(self.layers, {**self.buffers, 7: i}, "float32", 1, 1, parts)
+            for i in self.index
+        ]
+        seconds = 2 * self.gpu.cuda.seconds([launch for pair in pairs for launch in pair])
+        self._row("dense_sparse", seconds, self.one.bytes_read, dtype="float32", vectors=1, parts=parts)
 
-            time_of("sparse_matvec_batch", batch, few, dtype="bfloat16", vectors=vectors)
+    def decode(self) -> None:
+        rows, columns = self.one.shape
+        buffers = self.gpu.put(self.one) | {9: self.gpu.cuda.empty(4 * rows * columns)}
+        seconds = self.gpu.cuda.seconds([self.gpu.decode(self.one, buffers)])
+        self.gpu.free(buffers)
+        self._row("mdcsr_decode", seconds, self.one.bytes_read + 4 * rows * columns)
 
-        def back(buffers: dict, held: Layers = layers) -> list:
-            return gpu.transposed(held, buffers, "float32", 1, 1, PARTS)
 
-        time_of("dense_sparse", back, few, dtype="float32", vectors=1, parts=PARTS)
-        if sweep:
-            for lane, each, threads in itertools.product((4, 8, 16), (1, 2, 4), (64, 128, 256)):
-                macros = {"LANE_ENTRIES": lane, "ROWS_PER_SIMDGROUP": each}
-                with contextlib.suppress(RuntimeError):
-                    time_of(
-                        PRODUCTS[2],
-                        lambda b, held=layers, m=macros, t=threads: gpu.product(
-                            PRODUCTS[2], held, b, "bfloat16", 1, 1, threads=t, macros=m
-                        ),
-                        dtype="bfloat16", vectors=1, threads=threads, **macros,
-                    )  # fmt: skip
-        gpu.free(placed | dict(enumerate(index, 100)))
-        if rows * columns < 60_000_000:
-            decoded = gpu.put(one) | {9: cuda.empty(4 * rows * columns)}
-            seconds = cuda.seconds([gpu.decode(one, decoded)])
-            moved = one.bytes_read + 4 * rows * columns
-            report(
-                kind="time", kernel="mdcsr_decode", **case, microseconds=seconds * 1e6,
-                fraction_of_bandwidth=moved / seconds / bandwidth, ok=True,
-            )  # fmt: skip
-            gpu.free(decoded)
+def timings(gpu: Gpu, report, sweep: bool) -> None:
+    bandwidth = copy_bandwidth(gpu.cuda)
+    report(kind="bandwidth", gigabytes_per_second=bandwidth * 1e-9, ok=True)
+    cases = itertools.product(SHAPES, (0.1, 0.5), ("unit", "prime"), (1, 16))
+    for (rows, columns), density, manifold, alignment in cases:
+        one = valid((rows, columns), density, manifold, 1, alignment, 0)
+        facts = {
+            "rows": rows,
+            "columns": columns,
+            "density": density,
+            "manifold": manifold,
+            "align": alignment,
+        }
+        case = Timed(gpu, report, bandwidth, one, facts)
+        for kernel, dtype in itertools.product(PRODUCTS[:3], ("float32", "bfloat16")):
+            if alignment == 1 or kernel == "sparse_matvec_simd":
+                case.product(kernel, dtype, 1)
+        if alignment == 1:
+            for vectors in (4, 16):
+                case.product("sparse_matvec_batch", "bfloat16", vectors)
+            for parts in PARTS if sweep else PARTS[:1]:
+                case.transposed(parts)
+            case.decode()
+        if alignment == 1 and sweep:
+            others(case)
+        case.free()
+
+
+def others(case: Timed) -> None:
+    """Other macros and threadgroups."""
+    for entries, rows, threads in itertools.product((4, 8, 16), (1, 2), (64, 128, 256)):
+        macros = {"LANE_ENTRIES": entries, "ROWS_PER_SIMDGROUP": rows}
+        case.product("sparse_matvec_simd", "bfloat16", 1, threads, **macros)
+    for entries, rows, threads in itertools.product((4, 8), (2, 4, 8), (128, 256, 512)):
+        macros = {"LANE_ENTRIES": entries, "ROWS_PER_SIMDGROUP": rows}
+        case.product("sparse_matvec_shared", "bfloat16", 1, threads, **macros)
+    for entries, vectors in itertools.product((4, 8), (4, 8, 16)):
+        macros = {"LANE_ENTRIES": entries, "VECTORS_PER_PASS": vectors}
+        case.product("sparse_matvec_batch", "bfloat16", 16, 128, **macros)
 
 
 def main() -> int:
@@ -205,7 +230,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only check results")
-    parser.add_argument("--sweep", action="store_true", help="time other macros of sparse_matvec_simd, too")
+    parser.add_argument("--sweep", action="store_true", help="time other macros and threadgroups, too")
     parser.add_argument("--out", type=Path, default=Path("nvidia_metal_kernels.jsonl"))
     options = parser.parse_args()
     cuda = Cuda()

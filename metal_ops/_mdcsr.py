@@ -12,6 +12,8 @@ import numpy as np
 class Parameters:
     """The `constant` struct at buffer index 10 of every kernel (`kernels/mdcsr.h`): whole numbers below 2**32.
 
+    So is the number of elements of `x`, `groups * vectors * columns`; more groups take several dispatches.
+
     Attributes:
         rows: of the matrix (features out).
         columns: of the matrix (features in).
@@ -33,6 +35,13 @@ class Parameters:
     tile: int = 0
     parts: int = 1
     has_bias: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = dataclasses.asdict(self)
+        numbers["elements of x"] = self.groups * self.vectors * self.columns
+        for name, number in numbers.items():
+            if not 0 <= number < 2**32:
+                raise ValueError(f"Parameters: {name} must be at least 0 and below 2**32; got {number}")
 
     def pack(self) -> bytes:
         """The struct's bytes, for `setBytes` or a `dispatch`."""

@@ -31,16 +31,7 @@ static inline void read_words(device const uchar* from, thread uint* to) {
 #endif
 }
 
-// The bytes of a word of entries [at, at + 4) that a row owns.
-static inline uint owned_bytes(uint at, thread const Row& row) {
-    uint skipped = row.begin > at ? row.begin - at : 0;
-    uint present = row.end > at ? row.end - at : 0;
-    uint from = skipped < 4 ? 0xffffffff << (8 * skipped) : 0;
-    uint upto = present < 4 ? (1u << (8 * present)) - 1 : 0xffffffff;
-    return from & upto;
-}
-
-// Entries [at, at + LANE_ENTRIES); those that the row does not own become value 0, delta 0.
+// Entries [at, at + LANE_ENTRIES), as far as there are any and the row has not ended; others may come along.
 template <bool prime>
 static inline void read_lane(thread const Matrix& m, thread const Row& row, uint at, thread Words& words) {
     for (uint w = 0; w < LANE_WORDS; ++w) {
@@ -59,34 +50,46 @@ static inline void read_lane(thread const Matrix& m, thread const Row& row, uint
             read_words(primes + LANE_ENTRIES, words.primes + LANE_WORDS);
         }
     } else {
-        for (uint j = 0; at + j < row.end; ++j) {
+        // Indices that are constants keep the words in registers.
+        for (uint j = 0; j < LANE_ENTRIES; ++j) {
+            if (at + j >= m.limit) continue;
             words.deltas[j / 4] |= uint(m.deltas[at + j]) << (8 * (j % 4));
             words.values[j / 4] |= (uint(m.values[at + j]) & 255) << (8 * (j % 4));
             if (prime) words.primes[j / 2] |= uint(m.prime_indices[at + j]) << (16 * (j % 2));
         }
     }
-    if (at < row.begin || at + LANE_ENTRIES > row.end) {
-        for (uint w = 0; w < LANE_WORDS; ++w) {
-            uint owned = owned_bytes(at + 4 * w, row);
-            words.deltas[w] &= owned;
-            words.values[w] &= owned;
-        }
+}
+
+// The bytes of a word of entries [at, at + 4) that a row owns.
+static inline uint owned_bytes(uint at, thread const Row& row) {
+    uint skipped = row.begin > at ? row.begin - at : 0;
+    uint present = row.end > at ? row.end - at : 0;
+    uint from = skipped < 4 ? 0xffffffff << (8 * skipped) : 0;
+    uint upto = present < 4 ? (1u << (8 * present)) - 1 : 0xffffffff;
+    return from & upto;
+}
+
+// Makes what the row does not own value 0, delta 0.
+static inline void keep_owned(thread const Row& row, uint at, thread Words& words) {
+    for (uint w = 0; w < LANE_WORDS; ++w) {
+        uint owned = owned_bytes(at + 4 * w, row);
+        words.deltas[w] &= owned;
+        words.values[w] &= owned;
     }
 }
 
-static inline uint delta_of(thread const Words& words, uint j) { return (words.deltas[j / 4] >> (8 * (j % 4))) & 255; }
+// start + the first `count` of a word's bytes.
+static inline uint add_bytes(uint start, uint word, uint count) {
+#ifdef MSL_DOT_BYTES
+    return dot_bytes(word, 0x01010101 >> (8 * (4 - count)), start);
+#else
+    for (uint i = 0; i < count; ++i) start += (word >> (8 * i)) & 255;
+    return start;
+#endif
+}
 
 static inline int value_of(thread const Words& words, uint j) {
     return int(int8_t((words.values[j / 4] >> (8 * (j % 4))) & 255));
-}
-
-// At most 16 * 255, so that the halves of a word do not overflow.
-static inline uint sum_of_deltas(thread const Words& words) {
-    uint halves = 0;
-    for (uint w = 0; w < LANE_WORDS; ++w) {
-        halves += (words.deltas[w] & 0x00ff00ff) + ((words.deltas[w] >> 8) & 0x00ff00ff);
-    }
-    return (halves & 0xffff) + (halves >> 16);
 }
 
 // Where the chunks of a row begin: all of them at multiples of a lane's entries.
@@ -96,18 +99,22 @@ static inline uint first_chunk(thread const Row& row) { return row.begin - row.b
 // chunk's last entry, the same in every lane. Columns never fall along a row, so if that is outside the matrix the row
 // ends here. Every lane of the simdgroup must call this.
 template <bool prime>
-static inline uint read_chunk(thread const Matrix& m, thread const Row& row, uint first, uint column, uint lane,
-                              thread Entries& entries) {
-    Words words;
-    read_lane<prime>(m, row, first + lane * LANE_ENTRIES, words);
-    uint sum = sum_of_deltas(words);
-    uint at = column + simd_prefix_exclusive_sum(sum);
-    uint last = simd_broadcast(at + sum, ushort(SIMD_WIDTH - 1));
-    for (uint j = 0; j < LANE_ENTRIES; ++j) {
-        at += delta_of(words, j);
-        uint k = (words.primes[j / 2] >> (16 * (j % 2))) & 0xffff;
-        entries.columns[j] = at;
-        entries.levels[j] = level_of<prime>(value_of(words, j), k, m.prime_table);
+static inline uint decode_chunk(thread const Matrix& m, thread const Row& row, uint first, uint column, uint lane,
+                                thread Words& words, thread Entries& entries) {
+    if (first < row.begin || first + CHUNK > row.end) keep_owned(row, first + lane * LANE_ENTRIES, words);
+    uint sum = 0;
+    for (uint w = 0; w < LANE_WORDS; ++w) sum = add_bytes(sum, words.deltas[w], 4);
+    uint upto = column + simd_prefix_inclusive_sum(sum);
+    uint last = simd_broadcast(upto, ushort(SIMD_WIDTH - 1));
+    uint at = upto - sum;
+    for (uint w = 0; w < LANE_WORDS; ++w) {
+        for (uint i = 0; i < 4; ++i) {
+            uint j = 4 * w + i;
+            uint k = (words.primes[j / 2] >> (16 * (j % 2))) & 0xffff;
+            entries.columns[j] = add_bytes(at, words.deltas[w], i + 1);
+            entries.levels[j] = level_of<prime>(value_of(words, j), k, m.prime_table);
+        }
+        at = entries.columns[4 * w + 3];
     }
     if (last >= m.columns) {
         for (uint j = 0; j < LANE_ENTRIES; ++j) {
@@ -117,4 +124,13 @@ static inline uint read_chunk(thread const Matrix& m, thread const Row& row, uin
         }
     }
     return last;
+}
+
+// Reads and decodes the chunk at entry `first`.
+template <bool prime>
+static inline uint read_chunk(thread const Matrix& m, thread const Row& row, uint first, uint column, uint lane,
+                              thread Entries& entries) {
+    Words words;
+    read_lane<prime>(m, row, first + lane * LANE_ENTRIES, words);
+    return decode_chunk<prime>(m, row, first, column, lane, words, entries);
 }

@@ -40,9 +40,9 @@ template <typename X, bool prime>
         column = read_chunk<prime>(m, row, first, column, lane, e);
         for (uint v = 0; v < VECTORS_PER_PASS; ++v) {
             // Vectors beyond the last repeat it, so that the loop has a fixed length.
-            device const X* from = x + (which + min(v, present - 1)) * p.columns;
+            uint offset = (uint(which) + min(v, present - 1)) * p.columns;
             for (uint j = 0; j < LANE_ENTRIES; ++j) {
-                sums[v] = fma(e.levels[j], float32_of(from[e.columns[j]]), sums[v]);
+                sums[v] = fma(e.levels[j], float32_of(x[offset + e.columns[j]]), sums[v]);
             }
         }
     }

@@ -3,11 +3,44 @@
 // threadgroups: (ceil(rows / (simdgroups * ROWS_PER_SIMDGROUP)), vectors, groups); threads: a multiple of 32, along x.
 // Threadgroup memory 0 holds `tile` floats. Best where all of x fits; every tile more reads the chunks at its edges again.
 // x (groups, vectors, columns), y float32 (groups, vectors, rows), bias float32 (layers, rows); the rest as in mdcsr.h.
-#include "chunk.h"
+#include "row_sum.h"
 
 #ifndef ROWS_PER_SIMDGROUP
 #define ROWS_PER_SIMDGROUP 4
 #endif
+
+// Every row of a simdgroup, a tile of x after the other. A chunk that a tile's end cuts is read again with the next tile.
+template <typename X, bool prime>
+static inline void tiled_sums(thread const Matrix& m, device const X* x, uint offset, threadgroup float* staged,
+                              uint tile, uint thread_index, uint threads, uint lane, thread Row* rows,
+                              thread float* sums) {
+    uint firsts[ROWS_PER_SIMDGROUP];
+    uint columns[ROWS_PER_SIMDGROUP];
+    for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) {
+        firsts[r] = first_chunk(rows[r]);
+        columns[r] = 0;
+        sums[r] = 0.0f;
+    }
+    for (uint begin = 0; begin < m.columns; begin += tile) {
+        uint count = min(tile, m.columns - begin);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint i = thread_index; i < count; i += threads) staged[i] = float32_of(x[offset + begin + i]);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) {
+            while (firsts[r] < rows[r].end && columns[r] < begin + count) {
+                Entries e;
+                uint last = read_chunk<prime>(m, rows[r], firsts[r], columns[r], lane, e);
+                for (uint j = 0; j < LANE_ENTRIES; ++j) {
+                    uint at = e.columns[j] - begin;  // wraps around, and so is no less than count, before the tile
+                    if (at < count) sums[r] = fma(e.levels[j], staged[at], sums[r]);
+                }
+                if (last >= begin + count) break;
+                firsts[r] += CHUNK;
+                columns[r] = last;
+            }
+        }
+    }
+}
 
 template <typename X, bool prime>
 [[kernel]] void sparse_matvec_shared(device const X* x [[buffer(0)]],
@@ -31,41 +64,21 @@ template <typename X, bool prime>
     uint layer = layer_of(index, group.z, p.layers);
     Matrix m = matrix_of<prime>(values, deltas, prime_table, prime_indices, row_pointers, p, layer);
     ulong which = ulong(group.z) * p.vectors + group.y;
-    device const X* from = x + which * p.columns;
+    uint offset = uint(which) * p.columns;
     uint first_row = group.x * ROWS_PER_SIMDGROUP * simd_count + simd_index;
-
-    // How far each row has been walked: its next chunk, and the column of the entry before that.
     Row rows[ROWS_PER_SIMDGROUP];
-    uint firsts[ROWS_PER_SIMDGROUP];
-    uint columns[ROWS_PER_SIMDGROUP];
     float sums[ROWS_PER_SIMDGROUP];
     for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) {
         uint row_index = first_row + r * simd_count;
         rows[r] = row_of(m, min(row_index, p.rows - 1));
         if (row_index >= p.rows) rows[r].end = rows[r].begin;
-        firsts[r] = first_chunk(rows[r]);
-        columns[r] = 0;
-        sums[r] = 0.0f;
     }
-    for (uint begin = 0; begin < p.columns; begin += p.tile) {
-        uint count = min(p.tile, p.columns - begin);
+    if (p.columns <= p.tile) {
+        for (uint i = thread_index; i < p.columns; i += threads.x) staged[i] = float32_of(x[offset + i]);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint i = thread_index; i < count; i += threads.x) staged[i] = float32_of(from[begin + i]);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) {
-            while (firsts[r] < rows[r].end && columns[r] < begin + count) {
-                Entries e;
-                uint last = read_chunk<prime>(m, rows[r], firsts[r], columns[r], lane, e);
-                for (uint j = 0; j < LANE_ENTRIES; ++j) {
-                    uint at = e.columns[j] - begin;  // wraps around, and so is no less than count, before the tile
-                    if (at < count) sums[r] = fma(e.levels[j], staged[at], sums[r]);
-                }
-                // A chunk that goes on behind the tile is read again with the next one.
-                if (last >= begin + count) break;
-                firsts[r] += CHUNK;
-                columns[r] = last;
-            }
-        }
+        for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) sums[r] = row_sum<prime>(m, rows[r], lane, staged, 0);
+    } else {
+        tiled_sums<X, prime>(m, x, offset, staged, p.tile, thread_index, threads.x, lane, rows, sums);
     }
     for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) {
         uint row_index = first_row + r * simd_count;

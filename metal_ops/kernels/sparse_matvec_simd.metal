@@ -2,7 +2,7 @@
 //
 // threadgroups: (ceil(rows / (simdgroups * ROWS_PER_SIMDGROUP)), vectors, groups); threads: a multiple of 32, along x.
 // x (groups, vectors, columns), y float32 (groups, vectors, rows), bias float32 (layers, rows); the rest as in mdcsr.h.
-#include "chunk.h"
+#include "row_sum.h"
 
 #ifndef ROWS_PER_SIMDGROUP
 #define ROWS_PER_SIMDGROUP 1
@@ -27,19 +27,12 @@ template <typename X, bool prime>
     uint layer = layer_of(index, group.z, p.layers);
     Matrix m = matrix_of<prime>(values, deltas, prime_table, prime_indices, row_pointers, p, layer);
     ulong which = ulong(group.z) * p.vectors + group.y;
-    device const X* from = x + which * p.columns;
+    uint offset = uint(which) * p.columns;
     for (uint r = 0; r < ROWS_PER_SIMDGROUP; ++r) {
         uint row_index = (group.x * ROWS_PER_SIMDGROUP + r) * simd_count + simd_index;
         if (row_index >= p.rows) return;
         Row row = row_of(m, row_index);
-        float sum = 0.0f;
-        uint column = 0;
-        for (uint first = first_chunk(row); first < row.end && column < p.columns; first += CHUNK) {
-            Entries e;
-            column = read_chunk<prime>(m, row, first, column, lane, e);
-            for (uint j = 0; j < LANE_ENTRIES; ++j) sum = fma(e.levels[j], float32_of(from[e.columns[j]]), sum);
-        }
-        sum = simd_sum(sum);
+        float sum = simd_sum(row_sum<prime>(m, row, lane, x, offset));
         if (lane == 0) {
             uint of_layer = layer * p.rows + row_index;
             float scaled = sum * scales[of_layer];
