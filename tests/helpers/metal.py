@@ -7,12 +7,19 @@ import functools
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 
 import metal_ops
+from helpers.layers import CASES
 
 PRODUCTS = ("sparse_matvec", "sparse_matvec_shared", "sparse_matvec_simd", "sparse_matvec_batch")
 MANIFOLDS = ("unit", "prime")
 DTYPES = ("float32", "float16", "bfloat16")
+
+# The kernels take rows of deltas; masks and dense rows have kernels on CPUs only.
+_CASES = [p for p in CASES if p.values[0].index == "delta8"]
+each_case = pytest.mark.parametrize("case", _CASES)
+each_float32_case = pytest.mark.parametrize("case", [p for p in _CASES if p.values[0].dtype == "float32"])
 
 
 @functools.cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import metal
-from helpers.layers import each_float32_case
-from helpers.metal import Planes
+from helpers.metal import Planes, each_float32_case
 from oracle import mdcsr as oracle
 
 from upg_jax import use_backend

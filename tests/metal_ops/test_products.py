@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers import metal
 from helpers.bounds import assert_within_bound
-from helpers.layers import Case, each_case, gaps_matrix
-from helpers.metal import Planes
+from helpers.layers import Case, gaps_matrix
+from helpers.metal import Planes, each_case
 from oracle import mdcsr as oracle
 
 from upg_jax import MdCSR
