@@ -155,11 +155,23 @@ def test_doctor_says_which_lowering_and_why(upg_jax):
     assert report["jax"]["platform"] == "cpu"
 
 
-def test_an_impossible_backend_is_an_error_with_a_reason(upg_jax):
-    result = upg_jax("doctor", UPG_JAX_BACKEND="metal")
+@pytest.mark.parametrize("backend", ["cuda", "nonsense"])
+def test_doctor_says_all_else_where_the_backend_is_impossible(upg_jax, backend):
+    usual = json.loads(upg_jax("doctor", "--json").stdout)
+    result = upg_jax("doctor", "--json", UPG_JAX_BACKEND=backend)
     assert result.returncode == 1
-    assert "metal" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stderr == ""
+    report = json.loads(result.stdout)
+    choice = report.pop("sparse_dense")
+    assert choice["lowering"] == "none"
+    assert choice["UPG_JAX_BACKEND"] == backend
+    assert backend in choice["because"]
+    assert choice["native backend"] == usual.pop("sparse_dense")["native backend"]
+    assert report == usual
+    as_tables = upg_jax("doctor", UPG_JAX_BACKEND=backend)
+    assert as_tables.returncode == 1
+    assert "jaxlib" in as_tables.stdout
+    assert choice["because"].split(":")[0] in as_tables.stdout
 
 
 @pytest.mark.parametrize(

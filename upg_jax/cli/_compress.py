@@ -63,14 +63,19 @@ def compress(
         else:
             _print_sizes(planned, planned.file_bytes, "would be")
         return
-    with bytes_progress("compress:") as update:
+    try:
+        with bytes_progress("compress:") as update:
 
-        def progress(p: Progress) -> None:
-            update(p.stage, p.done, p.total, p.name)
+            def progress(p: Progress) -> None:
+                update(p.stage, p.done, p.total, p.name)
 
-        report = compress_checkpoint(
-            checkpoint, destination, settings, progress=progress, restart=restart, force=force
-        )
+            report = compress_checkpoint(
+                checkpoint, destination, settings, progress=progress, restart=restart, force=force
+            )
+    except KeyboardInterrupt:
+        again = "the same command without --restart" if restart else "the same command"
+        stderr.print(f"interrupted; {again} continues where this run stopped")
+        raise typer.Exit(130) from None
     if report.resumed:
         stderr.print(f"{report.resumed} tensors had been encoded by an earlier run")
     if json:

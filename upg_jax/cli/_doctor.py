@@ -12,6 +12,7 @@ import typer
 
 from upg_jax._version import __version__
 
+NO_LOWERING = "none"
 _PACKAGES = ("jax", "jaxlib", "numpy", "safetensors", "chex", "gguf", "tokenizers", "jinja2")
 _SIMD = (
     "sse4_2",
@@ -30,14 +31,22 @@ _SIMD = (
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Prints versions, platform, SIMD, and which lowering sparse_dense takes here and why."""
-    from upg_jax.cli._output import print_json, stdout
+    """Prints versions, platform, SIMD, and which lowering sparse_dense takes here and why; exits with 1 if none."""
+    from upg_jax.cli._output import print_json
 
     report = collect()
     if json:
         print_json(report)
-        return
+    else:
+        _print_tables(report)
+    if report["sparse_dense"]["lowering"] == NO_LOWERING:
+        raise typer.Exit(1)
+
+
+def _print_tables(report: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
+
+    from upg_jax.cli._output import stdout
 
     for title, rows in report.items():
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
@@ -53,16 +62,20 @@ def collect() -> dict[str, dict[str, Any]]:
     """Returns the report as sections of key and value."""
     import jax
 
+    from upg_jax._errors import BackendError
     from upg_jax._sparse_dense import BACKENDS, choose_backend, unavailable_reason
 
     try:
         devices = jax.devices()
     except Exception as e:  # jax raises RuntimeError or AssertionError, by how JAX_PLATFORMS is wrong
         platform_name, shown = "none", f"none; jax does not start: {str(e) or type(e).__name__}"
-        backend, reason = "none", "jax does not start; unset JAX_PLATFORMS, or install what it asks for"
+        backend, reason = NO_LOWERING, "jax does not start; unset JAX_PLATFORMS, or install what it asks for"
     else:
         platform_name, shown = devices[0].platform, ", ".join(str(d) for d in devices)
-        backend, reason = choose_backend(platform_name)
+        try:
+            backend, reason = choose_backend(platform_name)
+        except BackendError as e:  # of what UPG_JAX_BACKEND asks for
+            backend, reason = NO_LOWERING, str(e)
     return {
         "versions": {
             "upg_jax": __version__,
