@@ -14,7 +14,7 @@ from safetensors import safe_open
 from small_models import llama
 
 import upg_jax
-from upg_jax import CheckpointError, EncodingError, FormatError, MdCSR, UPGDecompressor
+from upg_jax import CheckpointError, EncodingError, FormatError, MdCSR, UPGDecompressor, unpack
 from upg_jax.compress import Rule, Settings, compress_checkpoint, plan
 from upg_jax.io import open_checkpoint
 
@@ -48,7 +48,8 @@ def pruned_and_quantized(w, density):
 def test_decoded_weights_are_the_pruned_and_quantized_ones(tmp_path, weights, dtype, shards):
     source = llama.write_hugging_face(tmp_path / "hf", weights, shards, dtype)
     rules = (Rule(r"down_proj", 0.25), Rule.keep_dense(r"layers\.1\.self_attn"))
-    report = compress_checkpoint(source, tmp_path / "out", Settings(density=0.5, rules=rules))
+    settings = Settings(density=0.5, rules=rules, embedding="float")
+    report = compress_checkpoint(source, tmp_path / "out", settings)
     with UPGDecompressor.from_safetensors(tmp_path / "out") as model:
         assert set(model.names()) == set(weights)
         for tensor in report.tensors:
@@ -65,6 +66,40 @@ def test_decoded_weights_are_the_pruned_and_quantized_ones(tmp_path, weights, dt
         model.verify()
     compressed = {t.name for t in report.compressed}
     assert compressed == {n for n in weights if "_proj" in n and "layers.1.self_attn" not in n}
+
+
+@pytest.mark.parametrize(
+    "settings", [HALF, Settings(density=0.5, manifold="prime", embedding="int8", pack=True)]
+)
+def test_embedding_and_head_become_int8_rows_of_full_density(tmp_path, source, weights, settings):
+    report = compress_checkpoint(source, tmp_path / "out", settings)
+    rows = [t for t in report.tensors if t.encoding is not None and t.encoding.tokens]
+    assert {t.name for t in rows} == {"model.embed_tokens.weight", "lm_head.weight"}
+    with UPGDecompressor.from_safetensors(tmp_path / "out") as model:
+        model.verify()
+        for tensor in rows:
+            layer = model.get_layer(tensor.name, device=False)
+            assert (layer.index, layer.manifold, layer.dtype) == ("dense", "unit", "bfloat16")
+            w = weights[tensor.name].astype(ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(decode_layer(layer), pruned_and_quantized(w, 1.0))
+
+
+def test_packed_matrices_hold_what_the_others_do(tmp_path, source):
+    for pack in (False, True):
+        compress_checkpoint(source, tmp_path / str(pack), Settings(density=0.5, pack=pack))
+    with (
+        UPGDecompressor.from_safetensors(tmp_path / "False") as plain,
+        UPGDecompressor.from_safetensors(tmp_path / "True") as packed,
+    ):
+        packed.verify()
+        for name in plain.names():
+            if "_proj" not in name:
+                continue
+            layer = packed.get_layer(name, device=False)
+            assert layer.index == "mask"
+            np.testing.assert_array_equal(
+                decode_layer(unpack(layer)), decode_layer(plain.get_layer(name, device=False))
+            )
 
 
 def test_prime_manifold_stores_what_the_encoder_makes(tmp_path, source, weights):
@@ -145,6 +180,8 @@ def test_provenance_names_tool_settings_and_sources(tmp_path, source):
                 "manifold": "unit",
                 "method": "magnitude",
                 "rules": [["down_proj", 0.75], ["q_proj", None]],
+                "embedding": "int8",
+                "pack": False,
             },
             "sources": [
                 {
@@ -317,12 +354,14 @@ def test_the_real_model_is_compressed_to_the_announced_size(tmp_path):
     checkpoint = open_checkpoint(smollm2.path())
     planned = plan(checkpoint, HALF)
     report = compress_checkpoint(checkpoint, tmp_path / "out", HALF)
-    assert len(report.compressed) == 210
+    assert len(report.compressed) == 211
     assert report.file_bytes == planned.file_bytes
     assert report.bits_per_weight == pytest.approx(8.09, abs=0.01)
     name = "model.layers.29.self_attn.k_proj.weight"
     with UPGDecompressor.from_safetensors(tmp_path / "out") as model:
         decoded = decode_layer(model.get_layer(name, device=False))
-        embedding = model.get_array("model.embed_tokens.weight", device=False)
-        np.testing.assert_array_equal(embedding, checkpoint.read("model.embed_tokens.weight"))
+        rows = model.get_layer("model.embed_tokens.weight", device=False)
+        w = checkpoint.read("model.embed_tokens.weight")
+        decoded_rows = rows.values[: w.size].reshape(w.shape).astype(np.float32) * rows.scales[:, None]
+        np.testing.assert_array_equal(decoded_rows, pruned_and_quantized(w, 1.0))
     np.testing.assert_array_equal(decoded, pruned_and_quantized(checkpoint.read(name), 0.5))

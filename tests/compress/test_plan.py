@@ -26,9 +26,10 @@ def run(source, tmp_path, **settings):
 
 
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("density", [0.0, 0.5, 0.8])
-def test_sizes_are_exact_where_no_kept_weight_rounds_to_zero(source, tmp_path, manifold, density):
-    planned, report = run(source, tmp_path, manifold=manifold, density=density)
+def test_sizes_are_exact_where_no_kept_weight_rounds_to_zero(source, tmp_path, manifold, pack, density):
+    planned, report = run(source, tmp_path, manifold=manifold, density=density, pack=pack)
     assert planned.file_bytes == report.file_bytes
     assert [(t.name, t.shape, t.nbytes) for t in planned.tensors] == [
         (t.name, t.shape, t.nbytes) for t in report.tensors
@@ -53,6 +54,16 @@ def test_fillers_stay_within_the_announced_limit(tmp_path):
     planned, report = run(tmp_path, result, density=density)
     assert planned.file_bytes < report.file_bytes <= planned.max_file_bytes
     assert planned.tensors[0].nbytes < report.tensors[0].nbytes <= planned.tensors[0].max_nbytes
+
+
+def test_the_embedding_as_int8_rows_takes_a_byte_a_weight_and_is_no_linear_layer(source, tmp_path):
+    planned, report = run(source, tmp_path, density=0.5)
+    linears = [t for t in planned.tensors if "_proj" in t.name]
+    assert planned.bits_per_weight == 8 * sum(t.nbytes for t in linears) / sum(t.num_weights for t in linears)
+    for tensors in (planned.tensors, report.tensors):
+        embedding = next(t for t in tensors if "embed_tokens" in t.name)
+        rows, columns = embedding.shape
+        assert embedding.nbytes == rows * columns + 4 * rows + 4 * (rows + 1)
 
 
 def test_bits_per_weight_count_every_byte(source):

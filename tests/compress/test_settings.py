@@ -5,21 +5,72 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from small_models import llama
+from upg_jax._index import INDEXES
 
 from upg_jax import EncodingError, MdCSR
-from upg_jax.compress import METHODS, Rule, Settings, prune_mask
+from upg_jax.compress import METHODS, Encoding, Rule, Settings, prune_mask
 
 SHAPES = {name: w.shape for name, w in llama.weights().items()}
 
 
-def densities(*rules, density=0.5, shapes=SHAPES):
-    return Settings(density=density, rules=rules).densities(shapes)
+def encodings(*rules, density=0.5, shapes=SHAPES, **settings):
+    return Settings(density=density, rules=rules, **settings).encodings(shapes)
 
 
-def test_by_default_the_linear_layers_are_compressed_and_nothing_else():
-    for name, density in densities().items():
-        linear = "_proj" in name
-        assert density == (0.5 if linear else None), name
+def densities(*rules, **settings):
+    return {
+        name: None if encoding is None else encoding.density
+        for name, encoding in encodings(*rules, embedding="float", **settings).items()
+    }
+
+
+def test_by_default_the_linear_layers_are_pruned_and_tokens_become_int8_rows():
+    for name, encoding in encodings().items():
+        if "_proj" in name:
+            assert encoding == Encoding(0.5, "unit", "delta8")
+        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert encoding == Encoding(1.0, "unit", "dense", tokens=True)
+        else:
+            assert encoding is None, name
+
+
+@pytest.mark.parametrize(
+    ("manifold", "embedding", "rows"),
+    [
+        ("unit", None, True),
+        ("unit", "float", False),
+        ("prime", None, False),
+        ("prime", "int8", True),
+    ],
+)
+def test_tokens_stay_float_where_asked_for_and_where_exactness_is(manifold, embedding, rows):
+    found = encodings(manifold=manifold, embedding=embedding)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert found[name] == (Encoding(1.0, "unit", "dense", tokens=True) if rows else None)
+    assert found["model.layers.0.mlp.up_proj.weight"].manifold == manifold
+
+
+def test_only_the_embedding_of_tokens_becomes_int8_rows():
+    names = ("wte.weight", "wpe.weight", "embed_positions.weight", "patch_embed.weight")
+    found = encodings(shapes=dict.fromkeys(names, (4, 4)))
+    assert [name for name in names if found[name] is not None] == ["wte.weight"]
+
+
+@pytest.mark.parametrize(
+    ("manifold", "expected"),
+    [
+        ("unit", {0.0: "delta8", 0.1: "delta8", 0.13: "mask", 0.5: "mask", 0.87: "mask", 0.9: "dense"}),
+        ("prime", {0.1: "delta8", 0.13: "mask", 0.9: "mask", 0.95: "mask", 0.97: "dense", 1.0: "dense"}),
+    ],
+)
+def test_packed_matrices_take_the_index_that_is_smallest(manifold, expected):
+    w = np.random.default_rng(0).normal(size=(64, 640)).astype(np.float32)
+    for density, index in expected.items():
+        found = encodings(density=density, manifold=manifold, pack=True)["model.layers.0.mlp.up_proj.weight"]
+        assert found == Encoding(density, manifold, index)
+        mask = np.random.default_rng(1).random(w.shape) < density
+        sizes = {i: MdCSR.from_dense(w, mask=mask, manifold=manifold, index=i).nbytes for i in INDEXES}
+        assert sizes[index] <= 1.02 * min(sizes.values())
 
 
 def test_matrices_of_norms_and_heads_stay_dense_by_default():
@@ -41,10 +92,11 @@ def test_first_matching_rule_wins():
 
 
 def test_rules_override_the_default_for_the_head_but_never_for_embeddings_and_vectors():
-    found = densities(Rule(".", 0.25))
-    assert found["lm_head.weight"] == 0.25
-    assert found["model.embed_tokens.weight"] is None
-    assert found["model.norm.weight"] is None
+    for embedding in ("int8", "float"):
+        found = encodings(Rule(".", 0.25), embedding=embedding)
+        assert found["lm_head.weight"] == Encoding(0.25, "unit")
+        assert (found["model.embed_tokens.weight"] is None) == (embedding == "float")
+        assert found["model.norm.weight"] is None
 
 
 def test_keep_dense_rule_keeps_dense():
@@ -66,10 +118,10 @@ def test_rule_that_matches_nothing_names_the_closest(pattern, closest):
         densities(Rule(pattern, 0.5))
 
 
-def test_rule_that_matches_only_what_stays_dense_says_so():
-    with pytest.raises(EncodingError, match="always stay dense"):
+def test_rule_that_matches_only_what_is_never_pruned_says_so():
+    with pytest.raises(EncodingError, match="never pruned"):
         densities(Rule("embed_tokens", 0.5))
-    assert densities(Rule.keep_dense("embed_tokens"))["model.embed_tokens.weight"] is None
+    assert encodings(Rule.keep_dense("embed_tokens"))["model.embed_tokens.weight"] is None
 
 
 def test_rules_are_read_from_text():
@@ -96,6 +148,8 @@ def test_bad_patterns_methods_and_manifolds_are_refused():
         Settings(density=0.5, method="wanda")
     with pytest.raises(EncodingError, match="manifold must be one of"):
         Settings(density=0.5, manifold="real")
+    with pytest.raises(EncodingError, match="embedding must be one of"):
+        Settings(density=0.5, embedding="int4")
     with pytest.raises(EncodingError, match=r"density must be in \[0, 1\]"):
         Settings(density=2)
 

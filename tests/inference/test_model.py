@@ -14,12 +14,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.hf_llama import compressed_model, dense_model, reference_logits
+from oracle.mdcsr import decode_layer
 from small_models import llama
 from small_models.texts import TEXTS
 
 import upg_jax
-from upg_jax import CheckpointError, FormatError, MdCSR, UPGModel
+from upg_jax import CheckpointError, FormatError, MdCSR, UPGDecompressor, UPGModel
 from upg_jax.compress import Rule, Settings, compress_checkpoint
+from upg_jax.inference import _model
 from upg_jax.models import is_stacked
 
 tokenizers = pytest.importorskip("tokenizers", reason='pip install "upg-jax[hf]"')
@@ -110,7 +112,7 @@ def test_a_upg_model_gives_stacks_and_the_same_answers(upg, hugging_face, expect
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's maps")
 def test_planes_of_a_upg_model_lie_in_the_map_of_its_file(upg):
-    model = UPGModel.from_file(upg)
+    model = UPGModel.from_file(upg, pack=False)
     ranges = [
         [int(address, 16) for address in line.split()[0].split("-")]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -126,15 +128,54 @@ def test_planes_of_a_upg_model_lie_in_the_map_of_its_file(upg):
 def test_layers_that_were_kept_dense_or_pruned_differently_load_and_run(hugging_face, tmp_path, expected):
     rules = (Rule.keep_dense(r"layers\.0\.mlp"), Rule(r"layers\.1\.self_attn\.q_proj", 0.5))
     compress_checkpoint(hugging_face, tmp_path / "out", Settings(density=1.0, manifold="prime", rules=rules))
+    as_it_lies = UPGModel.from_file(tmp_path / "out", pack=False)
+    assert isinstance(as_it_lies.params["layers"]["q_proj"], tuple)
+    assert isinstance(as_it_lies.params["layers"]["k_proj"], MdCSR)
     model = UPGModel.from_file(tmp_path / "out")
+    np.testing.assert_allclose(as_it_lies.forward(IDS)[0], model.forward(IDS)[0], atol=1e-4, rtol=0)
     layers = model.params["layers"]
     assert [type(w) is MdCSR for w in layers["up_proj"]] == [False, True]
-    assert isinstance(layers["q_proj"], tuple)
-    assert isinstance(layers["k_proj"], MdCSR)
+    # What is pruned differently can still be joined, and what is dense here and compressed there cannot.
+    assert "q_proj+k_proj+v_proj" in layers
     logits, _ = model.forward(IDS)
     assert np.isfinite(logits).all()
     assert np.abs(logits - expected).max() > 1e-3
     assert np.corrcoef(np.ravel(logits), np.ravel(expected))[0, 1] > 0.9
+
+
+def test_small_models_are_packed_at_load_and_large_ones_used_as_they_lie(tmp_path, hugging_face, monkeypatch):
+    compress_checkpoint(hugging_face, tmp_path / "out", Settings(density=0.5))
+    as_it_lies = UPGModel.from_file(tmp_path / "out", pack=False)
+    assert "q_proj" in as_it_lies.params["layers"]
+    assert set(as_it_lies.index_bytes) == {"delta8", "dense"}
+    planes = sum(as_it_lies.index_bytes.values())
+    for limit, packed in ((planes, True), (planes - 1, False)):
+        monkeypatch.setattr(_model, "_PACK_BYTES", limit)
+        model = UPGModel.from_file(tmp_path / "out")
+        assert ("q_proj+k_proj+v_proj" in model.params["layers"]) == packed
+        forced = UPGModel.from_file(tmp_path / "out", pack=not packed)
+        assert ("q_proj+k_proj+v_proj" in forced.params["layers"]) == (not packed)
+        np.testing.assert_allclose(model.forward(IDS)[0], forced.forward(IDS)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [Settings(density=0.5), Settings(density=0.5, pack=True)])
+def test_int8_rows_answer_as_their_decoded_weights(tmp_path, hugging_face, weights, settings):
+    """The independent side: the same file's weights, decoded by the oracle, as a model of dense layers."""
+    compress_checkpoint(hugging_face, tmp_path / "out", settings)
+    model = UPGModel.from_file(tmp_path / "out")
+    assert model.params["embed_tokens"].index == model.params["lm_head"].index == "dense"
+    with UPGDecompressor.from_safetensors(tmp_path / "out") as file:
+        decoded = {
+            name: decode_layer(file.get_layer(name, device=False))
+            if file.info(name).kind == "mdcsr"
+            else file.get_array(name, device=False)
+            for name in file.names()
+        }
+    assert np.abs(decoded["lm_head.weight"] - weights["lm_head.weight"]).max() > 0
+    dense = UPGModel.from_file(llama.write_hugging_face(tmp_path / "dense", decoded))
+    np.testing.assert_allclose(model.forward(IDS)[0], dense.forward(IDS)[0], atol=1e-4, rtol=0)
+    answer = model.generate(IDS[0], max_new_tokens=6)
+    assert answer.ids == dense.generate(IDS[0], max_new_tokens=6).ids
 
 
 def test_a_gguf_file_gives_the_model_and_a_tokenizer(hugging_face, tmp_path, weights, expected):
@@ -261,7 +302,9 @@ def test_repr_and_sizes_count_every_weight_once():
     assert compressed.num_weights == count
     assert compressed.nbytes == sum(stack.nbytes for stack in stacks) + 4 * (count - in_stacks)
     bits = 8 * sum(stack.nbytes for stack in stacks) / in_stacks
-    assert f"({bits:.2f} in the {in_stacks / count:.0%} that are compressed)" in repr(compressed)
+    expected = f"({bits:.2f} in the {in_stacks / count:.0%} that are compressed, index delta8)"
+    assert expected in repr(compressed)
+    assert compressed.index_bytes == {"delta8": sum(stack.nbytes for stack in stacks)}
     assert (
         repr(jax.tree.map(lambda leaf: None, dense)) == "UPGModel(grouped-query: LlamaForCausalLM, 2 layers)"
     )

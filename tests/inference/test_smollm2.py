@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_models import smollm2
 
-from upg_jax import UPGModel
+from upg_jax import UPGDecompressor, UPGModel
 from upg_jax.compress import Settings, compress_checkpoint
 from upg_jax.inference import perplexity
 
@@ -23,6 +23,32 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def dense():
     return UPGModel.from_file(smollm2.path())
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_packed_model_with_int8_rows_equals_transformers_on_the_decoded_weights(tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle: pip install transformers torch")
+    transformers = pytest.importorskip("transformers", reason="the oracle: pip install transformers torch")
+    path = smollm2.path()
+    compress_checkpoint(path, tmp_path / "half", Settings(density=0.5))
+    model = UPGModel.from_file(tmp_path / "half", pack=True)
+    assert model.params["embed_tokens"].index == "dense"
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    with UPGDecompressor.from_safetensors(tmp_path / "half") as file, torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if file.info(name).kind == "mdcsr":
+                layer = file.get_layer(name, device=False)
+                parameter.copy_(torch.tensor(np.asarray(layer.to_dense("float32"))))
+    ids = np.array([model.tokenizer.encode(TEXT)[:64]])
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).logits.numpy()
+    assert np.abs(model.forward(ids)[0] - expected).max() < 1e-3
+    _, cache = model.forward(ids[:, :60])
+    for t in range(60, 64):
+        step, cache = model.forward(ids[:, t : t + 1], cache)
+        assert np.abs(step[:, 0] - expected[:, t]).max() < 1e-3
 
 
 @pytest.mark.filterwarnings("default")

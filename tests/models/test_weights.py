@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_llama import Weights
+from oracle.mdcsr import decode_layer
 
 from upg_jax import CheckpointError, MdCSR
 from upg_jax.models import can_stack, is_stacked, load, parse_config, stack_layers
+from upg_jax.models._embedding import look_up
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -134,18 +137,42 @@ def test_dense_weights_take_the_activations_dtype_and_a_looked_up_embedding_keep
     assert load_tensors(tensors(), "bfloat16", tie_word_embeddings=True)["embed_tokens"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
-def test_a_compressed_tensor_where_only_a_dense_one_works_is_named(name):
+class CompressedWeights(Weights):
+    def shape(self, key):
+        return tensors()[key].shape
+
+
+def test_a_compressed_tensor_where_only_a_dense_one_works_is_named():
+    name = "model.layers.1.input_layernorm.weight"
     found = tensors()
-    layer = MdCSR.from_dense(np.atleast_2d(found[name]))
-
-    class CompressedWeights(Weights):
-        def shape(self, key):
-            return tensors()[key].shape
-
-    found[name] = layer
+    found[name] = MdCSR.from_dense(np.atleast_2d(found[name]))
     with pytest.raises(CheckpointError, match=re.escape(f"tensor {name!r} is compressed; it must be dense")):
         load(parse_config(HF), CompressedWeights(found), jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize(("manifold", "index"), [("unit", "delta8"), ("unit", "mask"), ("prime", "dense")])
+def test_an_embedding_whose_rows_cannot_be_looked_up_is_refused(manifold, index):
+    name = "model.embed_tokens.weight"
+    found = tensors()
+    found[name] = MdCSR.from_dense(found[name], manifold=manifold, index=index)
+    message = f"tensor {name!r} is compressed with index {index!r} on the {manifold} manifold"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load(parse_config(HF), CompressedWeights(found), jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("row_alignment", [1, 16])
+@pytest.mark.parametrize("capacity", [None, 256])
+def test_rows_looked_up_are_the_decoded_rows(row_alignment, capacity):
+    w = np.random.default_rng(0).normal(size=(11, 12)).astype(np.float32)
+    w[3] = 0
+    rows = MdCSR.from_dense(w, index="dense", row_alignment=row_alignment, capacity=capacity)
+    ids = jnp.asarray([[0, 3, 10], [7, 7, 1]])
+    found = jax.jit(look_up)(rows, ids)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, decode_layer(rows)[np.asarray(ids)])
+    # What is outside is treated as by arrays.
+    outside = jnp.asarray([-1, 11, 99])
+    np.testing.assert_array_equal(look_up(rows, outside), jnp.asarray(decode_layer(rows))[outside])
 
 
 def layer_of(density, manifold="unit"):

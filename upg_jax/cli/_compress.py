@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from upg_jax.compress import Plan, Progress, Report
+    from upg_jax.compress import Plan, Progress, Report, TensorPlan, TensorReport
 
 
 def compress(
@@ -30,10 +30,25 @@ def compress(
     keep_dense: Annotated[
         list[str] | None,
         typer.Option(
-            help="Regular expression of tensors to leave dense; before every --rule. Embeddings always stay "
-            "dense; norms, biases and lm_head unless a rule matches."
+            help="Regular expression of tensors to leave as they are; before every --rule. Norms and biases "
+            "stay as they are unless a rule matches."
         ),
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of the token embedding and the head: int8 (rows, unpruned) or float (as they "
+            "are). By default int8 on the unit manifold, float on the prime manifold.",
+            show_default=False,
+        ),
+    ] = None,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack",
+            help="Store each matrix in the form that is smallest at its density, and fast on a CPU as it lies.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run's work.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a compressed model.")] = False,
@@ -52,7 +67,14 @@ def compress(
     rules = [Rule.keep_dense(pattern) for pattern in keep_dense or []] + [
         Rule.parse(text) for text in rule or []
     ]
-    settings = Settings(density=density, manifold=manifold, method=method, rules=tuple(rules))  # type: ignore[arg-type]
+    settings = Settings(
+        density=density,
+        manifold=manifold,  # type: ignore[arg-type]
+        method=method,  # type: ignore[arg-type]
+        rules=tuple(rules),
+        embedding=embedding,  # type: ignore[arg-type]
+        pack=pack,
+    )
     checkpoint = open_checkpoint(source)
     planned = plan(checkpoint, settings)
     for warning in planned.warnings:
@@ -98,16 +120,24 @@ def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
         table.add_row(
             printable(t.name),
             " x ".join(map(str, t.shape)),
-            "dense" if t.density is None else f"{t.density:.3f}",
+            _density(t),
             f"{t.bits_per_weight:.2f}",
             f"{t.nbytes:,}",
         )
     stdout.print(table)
+    tokens = [t for t in result.compressed if t.encoding and t.encoding.tokens]
+    rows = f", {' and '.join(printable(t.name) for t in tokens)} as int8 rows" if tokens else ""
     stdout.print(
-        f"model.safetensors {verb} {human_bytes(file_bytes)}; {len(result.compressed)} matrices compressed to "
-        f"{result.bits_per_weight:.2f} bits per weight, all overheads included",
+        f"model.safetensors {verb} {human_bytes(file_bytes)}; {len(result.compressed) - len(tokens)} matrices "
+        f"compressed to {result.bits_per_weight:.2f} bits per weight, all overheads included{rows}",
         soft_wrap=True,
     )
+
+
+def _density(tensor: TensorPlan | TensorReport) -> str:
+    if tensor.encoding is None or tensor.density is None:
+        return "dense"
+    return "int8 rows" if tensor.encoding.tokens else f"{tensor.density:.3f}"
 
 
 def _tensors_as_dicts(result: Plan | Report) -> list[dict[str, Any]]:
@@ -116,6 +146,7 @@ def _tensors_as_dicts(result: Plan | Report) -> list[dict[str, Any]]:
             "name": t.name,
             "shape": t.shape,
             "density": t.density,
+            "index": t.encoding and t.encoding.index,
             "bytes": t.nbytes,
             "bits_per_weight": t.bits_per_weight,
         }

@@ -6,10 +6,13 @@ from upg_jax.compress._pipeline import Report, TensorReport, compress_checkpoint
 from upg_jax.compress._plan import Plan, TensorPlan, plan
 from upg_jax.compress._progress import Progress
 from upg_jax.compress._prune import METHODS, prune_mask
-from upg_jax.compress._settings import Rule, Settings
+from upg_jax.compress._settings import EMBEDDINGS, Embedding, Encoding, Rule, Settings
 
 __all__ = [
+    "EMBEDDINGS",
     "METHODS",
+    "Embedding",
+    "Encoding",
     "Plan",
     "Progress",
     "Report",

@@ -194,7 +194,6 @@ class PartialTensors(Mapping[str, MdCSR | np.ndarray]):
     def __init__(self, partial: Partial, checkpoint: Checkpoint, plan: Plan, meter: Meter) -> None:
         self._partial = partial
         self._checkpoint = checkpoint
-        self._manifold = plan.settings.manifold
         self._tensors = {t.name: t for t in plan.tensors}
         self._index = {t.name: i for i, t in enumerate(plan.compressed)}
         self._meter = meter
@@ -215,7 +214,7 @@ class PartialTensors(Mapping[str, MdCSR | np.ndarray]):
     def _count(self, name: str) -> None:
         """`save` asks for a tensor once to describe it and once for every plane it writes."""
         tensor = self._tensors[name]
-        planes = 1 if tensor.density is None else {"unit": 4, "prime": 5}[self._manifold]
+        planes = 1 if tensor.encoding is None else {"unit": 4, "prime": 5}[tensor.encoding.manifold]
         before, self._accesses[name] = self._accesses[name], self._accesses[name] + 1
         share = [tensor.nbytes * n // (1 + planes) for n in (before, before + 1)]
         self._meter.add(share[1] - share[0], name)

@@ -15,10 +15,10 @@ import numpy as np
 from upg_jax._encode import encode_dense
 from upg_jax._errors import CheckpointError, EncodingError, FormatError
 from upg_jax.compress._partial import Partial, PartialTensors
-from upg_jax.compress._plan import Plan, bits_per_weight, plan
+from upg_jax.compress._plan import Plan, bits_per_weight, linears, plan
 from upg_jax.compress._progress import Meter, Progress
 from upg_jax.compress._prune import prune_mask
-from upg_jax.compress._settings import Settings
+from upg_jax.compress._settings import Encoding, Settings
 from upg_jax.io import Checkpoint, UPGDecompressor, open_checkpoint, save
 
 MODEL = "model.safetensors"
@@ -32,12 +32,14 @@ class TensorReport:
     Attributes:
         name: its name.
         shape: its shape.
+        encoding: what it is stored as; None if it stayed dense.
         density: nonzero weights over all weights; None if it stayed dense.
         nbytes: bytes in the file, padding tails included.
     """
 
     name: str
     shape: tuple[int, ...]
+    encoding: Encoding | None
     density: float | None
     nbytes: int
 
@@ -75,12 +77,12 @@ class Report:
     @property
     def compressed(self) -> list[TensorReport]:
         """The tensors that were encoded."""
-        return [t for t in self.tensors if t.density is not None]
+        return [t for t in self.tensors if t.encoding is not None]
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the encoded tensors, all overheads included."""
-        return bits_per_weight(self.compressed)
+        """Bits per weight of the linear layers that were encoded, all overheads included."""
+        return bits_per_weight(linears(self.tensors))
 
 
 def compress_checkpoint(
@@ -152,11 +154,11 @@ def _encode_all(
     for i, tensor in enumerate(planned.compressed):
         if done[i]:
             continue
-        assert tensor.density is not None
+        assert tensor.encoding is not None
         w = checkpoint.read(tensor.name)
         try:
-            mask = prune_mask(w, tensor.density, settings.method)
-            layer = encode_dense(w, mask=mask, manifold=settings.manifold)
+            mask = prune_mask(w, tensor.encoding.density, settings.method)
+            layer = encode_dense(w, mask=mask, manifold=tensor.encoding.manifold, index=tensor.encoding.index)
         except EncodingError as e:
             raise EncodingError(f"compress: tensor {tensor.name!r}: {e}") from e
         partial.write_part(i, tensor.name, layer)
@@ -227,7 +229,7 @@ def _finish(path: Path, planned: Plan, partial: Partial, resumed: int) -> Report
         for t in planned.tensors:
             info = model.info(t.name)
             density = None if info.true_nnz is None else info.true_nnz / max(info.num_weights, 1)
-            tensors.append(TensorReport(t.name, info.shape, density, info.stored_bytes))
+            tensors.append(TensorReport(t.name, info.shape, t.encoding, density, info.stored_bytes))
     others = sorted(p.name for p in path.iterdir() if p.name not in (MODEL, CONFIG))
     report = Report(path, tensors, (path / MODEL).stat().st_size, others, resumed, planned.warnings)
     partial.remove()

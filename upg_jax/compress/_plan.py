@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from upg_jax._encode import MAX_DELTA
 from upg_jax._errors import EncodingError
 from upg_jax._mdcsr import DTYPES
 from upg_jax._version import __version__
-from upg_jax.compress._settings import Settings
+from upg_jax.compress._settings import Encoding, Settings
 from upg_jax.io import Checkpoint
 from upg_jax.io._header import CODE_OF
 from upg_jax.io._layout import Item, arrange, check_names, place, stored_bytes
@@ -32,7 +33,7 @@ class TensorPlan:
         name: its name in the checkpoint.
         shape: its shape.
         dtype: name of the dtype it has in the checkpoint.
-        density: fraction of weights to keep; None if it stays dense.
+        encoding: what it is stored as; None if it stays dense.
         nbytes: bytes in the result if every kept weight is stored and no filler is needed, padding included.
             A weight that rounds to 0 is not stored (about 1% of Gaussian weights that were not pruned, under
             the unit manifold); a gap of over 255 columns needs fillers (rare above density 0.1).
@@ -43,9 +44,14 @@ class TensorPlan:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    density: float | None
+    encoding: Encoding | None
     nbytes: int
     max_nbytes: int
+
+    @property
+    def density(self) -> float | None:
+        """Fraction of weights to keep; None if it stays dense."""
+        return None if self.encoding is None else self.encoding.density
 
     @property
     def num_weights(self) -> int:
@@ -79,15 +85,20 @@ class Plan:
     @property
     def compressed(self) -> list[TensorPlan]:
         """The tensors that are to be encoded."""
-        return [t for t in self.tensors if t.density is not None]
+        return [t for t in self.tensors if t.encoding is not None]
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the encoded tensors, all overheads included."""
-        return bits_per_weight(self.compressed)
+        """Bits per weight of the linear layers that are encoded, all overheads included."""
+        return bits_per_weight(linears(self.tensors))
 
 
-def bits_per_weight(tensors: list[Any]) -> float:
+def linears(tensors: Sequence[Any]) -> list[Any]:
+    """Of tensors with an `encoding`: the encoded ones but the token embedding and the head as int8 rows."""
+    return [t for t in tensors if t.encoding is not None and not t.encoding.tokens]
+
+
+def bits_per_weight(tensors: Sequence[Any]) -> float:
     """Bits per weight of tensors with `nbytes` and `num_weights`, together."""
     return 8 * sum(t.nbytes for t in tensors) / max(sum(t.num_weights for t in tensors), 1)
 
@@ -103,18 +114,18 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         EncodingError: if a rule matches nothing, nothing is left to compress, or a dtype cannot be encoded.
     """
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-    densities = settings.densities(shapes)
-    if all(density is None for density in densities.values()):
+    encodings = settings.encodings(shapes)
+    if all(encoding is None for encoding in encodings.values()):
         raise EncodingError("compress: no tensor is left to compress; the rules keep all of them dense")
     dtypes = {name: checkpoint.dtype(name) for name in shapes}
-    for name, density in densities.items():
-        if density is not None and str(dtypes[name]) not in (*DTYPES, "float64"):
+    for name, encoding in encodings.items():
+        if encoding is not None and str(dtypes[name]) not in (*DTYPES, "float64"):
             raise EncodingError(
                 f"compress: tensor {name!r} is {dtypes[name]}, which cannot be encoded; convert the "
                 "checkpoint to bfloat16 first, or keep the tensor dense by a rule"
             )
-    expected = [_item(name, shapes[name], dtypes[name], d, settings, False) for name, d in densities.items()]
-    at_most = [_item(name, shapes[name], dtypes[name], d, settings, True) for name, d in densities.items()]
+    expected = [_item(name, shapes[name], dtypes[name], e, most=False) for name, e in encodings.items()]
+    at_most = [_item(name, shapes[name], dtypes[name], e, most=True) for name, e in encodings.items()]
     check_names(at_most)
     strings = to_strings(
         {item.name: item.facts for item in at_most if item.facts is not None},
@@ -125,7 +136,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     sizes, max_sizes = ({item.name: stored_bytes(item) for item in arrange(i)} for i in (expected, at_most))
     tensors = [
         TensorPlan(
-            name, shape, str(dtypes[name]), densities[name], sizes[name], max(sizes[name], max_sizes[name])
+            name, shape, str(dtypes[name]), encodings[name], sizes[name], max(sizes[name], max_sizes[name])
         )
         for name, shape in shapes.items()
     ]
@@ -148,31 +159,33 @@ def provenance(settings: Settings, sources: list[tuple[str, int, str]]) -> dict[
 
 
 def _item(
-    name: str, shape: tuple[int, ...], dtype: np.dtype, density: float | None, settings: Settings, most: bool
+    name: str, shape: tuple[int, ...], dtype: np.dtype, encoding: Encoding | None, *, most: bool
 ) -> Item:
     weights = int(np.prod(shape, dtype=np.int64))
-    if density is None:
+    if encoding is None:
         return Item(name, dtype=CODE_OF[dtype], shape=shape, nbytes=weights * dtype.itemsize)
     rows, columns = shape
-    entries = round(density * weights)
-    # A row's gaps add up to at most columns - 1, and a filler stands for 255 of them.
-    fillers = rows * max(columns - 1, 0) // MAX_DELTA if most else 0
+    entries = round(encoding.density * weights)
     facts = MatrixFacts(
         shape=(rows, columns),
-        manifold=settings.manifold,
+        manifold=encoding.manifold,
         row_alignment=1,
         true_nnz=entries,
-        index="delta8",
+        index=encoding.index,
         value_bits=8,
         dtype="float32" if dtype == np.float64 else str(dtype),
     )
+    if encoding.index == "dense":
+        return Item(name, facts=facts, owned=weights)
+    # A row's gaps add up to at most columns - 1, and a filler stands for 255 of them.
+    fillers = rows * max(columns - 1, 0) // MAX_DELTA if most else 0
     return Item(name, facts=facts, owned=entries + min(fillers, weights - entries))
 
 
 def _warnings(tensors: list[TensorPlan]) -> list[str]:
-    compressed = [t for t in tensors if t.density is not None]
+    pruned = linears(tensors)
     warnings = []
-    lowest = min(t.density for t in compressed if t.density is not None)
+    lowest = min((t.encoding.density for t in pruned), default=1.0)
     if lowest <= _WARN_AT:
         measured = ", ".join(f"{p} at density {d}" for d, p in MEASURED_PERPLEXITY.items() if d < 1)
         warnings.append(
@@ -180,7 +193,7 @@ def _warnings(tensors: list[TensorPlan]) -> list[str]:
             f"went from {MEASURED_PERPLEXITY[1.0]} (nothing pruned) to {measured}; measure the result "
             "(`upg-jax eval`)"
         )
-    bits = bits_per_weight(compressed)
+    bits = bits_per_weight(pruned)
     for limit, what in ((32, "float32"), (16, "bfloat16"), (8, "dense int8")):
         if bits > limit:
             warnings.append(

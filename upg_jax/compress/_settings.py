@@ -7,15 +7,40 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from upg_jax._errors import EncodingError
+from upg_jax._index import Index
 from upg_jax._mdcsr import MANIFOLDS, Manifold
 from upg_jax.compress._prune import Method, check_method
 
-# Rows of an embedding are looked up, not multiplied with, so no rule can compress it.
+Embedding: TypeAlias = Literal["int8", "float"]
+EMBEDDINGS: tuple[Embedding, ...] = get_args(Embedding)
+
+# Rows of an embedding are looked up, not multiplied with, so no rule can prune it.
 _EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e\.")
+_TOKENS = re.compile(r"embed_tokens|(^|\.)wte\.|lm_head")
 _DENSE_BY_DEFAULT = re.compile(r"norm|bias|lm_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """What a matrix is stored as.
+
+    Attributes:
+        density: fraction of the weights to keep.
+        manifold: of the kept weights.
+        index: how entries find their columns.
+        tokens: it is the token embedding or the head, as int8 rows.
+    """
+
+    density: float
+    manifold: Manifold
+    index: Index = "delta8"
+    tokens: bool = False
+
+
+_INT8_ROWS = Encoding(1.0, "unit", "dense", tokens=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +49,7 @@ class Rule:
 
     Attributes:
         pattern: regular expression, searched for anywhere in the tensor's name.
-        density: fraction of the weights to keep, in `[0, 1]`; None leaves the tensor dense.
+        density: fraction of the weights to keep, in `[0, 1]`; None leaves the tensor as it is.
     """
 
     pattern: str
@@ -70,46 +95,67 @@ class Settings:
         density: fraction of each matrix's weights to keep where no rule says otherwise; 1.0 prunes nothing.
         manifold: `"unit"` (int8, 2 bytes an entry) or `"prime"` (nearly exact, 4 bytes an entry).
         method: how the weights to keep are chosen; see `prune_mask`.
-        rules: the first one that matches a matrix's name counts. Where none does, norms, biases and `lm_head`
-            stay dense; embeddings, and all that is no matrix, always do.
+        rules: the first one that matches a matrix's name counts. Where none does, norms and biases stay dense;
+            other embeddings than that of tokens, and all that is no matrix, always do.
+        embedding: what becomes of the token embedding and of the head where no rule says otherwise: `"int8"` rows,
+            unpruned, or `"float"`, as they are. None stands for `"int8"` on the unit manifold and for `"float"` on
+            the prime manifold, whose promise is exactness.
+        pack: store each matrix with the `index` that takes the least space at its density, which is about what
+            multiplies fastest on a CPU, and needs no packing when it is loaded; not always with `"delta8"`.
     """
 
     density: float
     manifold: Manifold = "unit"
     method: Method = "magnitude"
     rules: tuple[Rule, ...] = ()
+    embedding: Embedding | None = None
+    pack: bool = False
 
     def __post_init__(self) -> None:
         _check_density(self.density)
+        if self.embedding not in (None, *EMBEDDINGS):
+            raise EncodingError(f"settings: embedding must be one of {EMBEDDINGS}; got {self.embedding!r}")
         check_method(self.method)
         if self.manifold not in MANIFOLDS:
             raise EncodingError(f"settings: manifold must be one of {MANIFOLDS}; got {self.manifold!r}")
 
-    def densities(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float | None]:
+    def encodings(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Encoding | None]:
         """Applies the rules.
 
         Args:
             shapes: shape of every tensor by name.
 
         Returns:
-            Density by name, None where the tensor stays dense.
+            Encoding by name, None where the tensor stays dense.
 
         Raises:
             EncodingError: if a rule matches no matrix that it could apply to.
         """
         matrices = {n: None for n, shape in shapes.items() if len(shape) == 2 and not _EMBEDDING.search(n)}
         for rule in self.rules:
-            # Keeping an embedding dense is no mistake, only needless.
             names: Iterable[str] = shapes if rule.density is None else matrices
             if not any(re.search(rule.pattern, name) for name in names):
                 raise EncodingError(_matches_nothing(rule, shapes, matrices))
-        return {name: self._density(name) if name in matrices else None for name in shapes}
+        return {
+            name: self._encoding(name, name in matrices) if len(s) == 2 else None
+            for name, s in shapes.items()
+        }
 
-    def _density(self, name: str) -> float | None:
+    def _encoding(self, name: str, prunable: bool) -> Encoding | None:
         for rule in self.rules:
-            if re.search(rule.pattern, name):
-                return rule.density
-        return None if _DENSE_BY_DEFAULT.search(name) else self.density
+            if re.search(rule.pattern, name) and (prunable or rule.density is None):
+                return None if rule.density is None else self._pruned(rule.density)
+        if _TOKENS.search(name):
+            return _INT8_ROWS if self.token_embedding == "int8" else None
+        return self._pruned(self.density) if prunable and not _DENSE_BY_DEFAULT.search(name) else None
+
+    def _pruned(self, density: float) -> Encoding:
+        return Encoding(density, self.manifold, _smallest(density, self.manifold) if self.pack else "delta8")
+
+    @property
+    def token_embedding(self) -> Embedding:
+        """What becomes of the token embedding and the head where no rule says otherwise."""
+        return self.embedding or ("int8" if self.manifold == "unit" else "float")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a file's provenance."""
@@ -120,7 +166,16 @@ class Settings:
             "rules": [
                 [rule.pattern, None if rule.density is None else float(rule.density)] for rule in self.rules
             ],
+            "embedding": self.token_embedding,
+            "pack": self.pack,
         }
+
+
+def _smallest(density: float, manifold: Manifold) -> Index:
+    """The index that takes the fewest bits per weight: those of an entry times density, and a mask's one."""
+    entry = 8 if manifold == "unit" else 24
+    bits: dict[Index, float] = {"delta8": (entry + 8) * density, "mask": entry * density + 1, "dense": entry}
+    return min(bits, key=bits.__getitem__)
 
 
 def _check_density(density: float) -> None:
@@ -131,8 +186,8 @@ def _check_density(density: float) -> None:
 def _matches_nothing(rule: Rule, shapes: Iterable[str], matrices: Iterable[str]) -> str:
     if any(re.search(rule.pattern, name) for name in shapes):
         return (
-            f"rule: {rule.pattern!r} matches only embeddings and tensors that are no matrices, which always "
-            "stay dense; remove it"
+            f"rule: {rule.pattern!r} matches only embeddings and tensors that are no matrices, which are never "
+            "pruned; remove it"
         )
     # Names without layer numbers, and every run of their components, since that is what people write.
     parts = [[p for p in name.split(".") if not p.isdecimal()] for name in matrices]

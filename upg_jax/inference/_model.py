@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
@@ -17,12 +18,22 @@ from upg_jax.inference._load import eos_token_ids, open_model
 from upg_jax.inference._sampling import Sampling
 from upg_jax.inference._steps import cache_capacity, run_forward
 from upg_jax.inference._tokenizer import Tokenizer
-from upg_jax.models import DecoderConfig, KVCache, Params, init_cache, is_stacked, load, parse_config
+from upg_jax.models import (
+    DecoderConfig,
+    KVCache,
+    Params,
+    init_cache,
+    is_stacked,
+    load,
+    pack_params,
+    parse_config,
+)
 
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray
 """A text, or its token ids."""
 
 _DTYPES = ("float32", "bfloat16")
+_PACK_BYTES = 10**9
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,15 +58,19 @@ class UPGModel:
     name: str = "model"
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], dtype: Any | None = None) -> UPGModel:
+    def from_file(
+        cls, path: str | os.PathLike[str], dtype: Any | None = None, *, pack: bool | None = None
+    ) -> UPGModel:
         """Opens a model.
 
-        A UPG model's compressed planes are read in place from the file, not copied, where the device allows it.
-        A Hugging Face directory or a GGUF file gives a model of dense layers: the baseline.
+        A UPG model's compressed planes are packed while loading (copied, in the form that decodes fastest here) if
+        they are small, and else used in place as they lie in the file, where the device allows it; `index_bytes`
+        says what they are now. A Hugging Face directory or a GGUF file gives a model of dense layers: the baseline.
 
         Args:
             path: a UPG file or directory (what `upg-jax compress` makes), a Hugging Face directory or a GGUF file.
             dtype: of the activations and of dense weights, `"float32"` (the default) or `"bfloat16"`.
+            pack: pack, or use as it lies, whatever the size. By default up to a gigabyte of planes is packed.
 
         Raises:
             CheckpointError: for an architecture or a setting that is not supported, or a tensor that is missing,
@@ -70,13 +85,16 @@ class UPGModel:
             )
         opened = open_model(path)
         config = parse_config(opened.config)
-        return cls(
+        model = cls(
             params=load(config, opened.source, dtype),
             config=config,
             tokenizer=opened.tokenizer,
             eos_token_ids=eos_token_ids(opened),
             name=os.fspath(path),
         )
+        if sum(model.index_bytes.values()) <= _PACK_BYTES if pack is None else pack:
+            return dataclasses.replace(model, params=pack_params(model.params, config.num_layers))
+        return model
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -225,6 +243,15 @@ class UPGModel:
         return sum(leaf.nbytes for leaf in _weights(self.params))
 
     @property
+    def index_bytes(self) -> dict[str, int]:
+        """Bytes of compressed matrices by their `index` (docs/format.md), the largest share first."""
+        found: Counter[str] = Counter()
+        for leaf in _weights(self.params):
+            if isinstance(leaf, MdCSR):
+                found[leaf.index] += leaf.nbytes
+        return dict(found.most_common())
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of all parameters, dense ones included, per weight of the dense model."""
         return 8 * self.nbytes / max(self.num_weights, 1)
@@ -237,7 +264,8 @@ class UPGModel:
             if compressed:
                 share = sum(map(_num_weights, compressed))
                 bits = 8 * sum(leaf.nbytes for leaf in compressed) / share
-                size += f" ({bits:.2f} in the {share / self.num_weights:.0%} that are compressed)"
+                indexes = " and ".join(self.index_bytes)
+                size += f" ({bits:.2f} in the {share / self.num_weights:.0%} that are compressed, index {indexes})"
             return f"UPGModel({what}, {size}, {self.nbytes / 2**20:.1f} MiB, {self.dtype} activations)"
         except (AttributeError, TypeError):
             # JAX builds pytrees with leaves of any kind.

@@ -7,6 +7,7 @@ from upg_jax.models._config import DecoderConfig
 from upg_jax.models._decoder import Params, forward
 from upg_jax.models._families import load, parse_config
 from upg_jax.models._linear import Linear, Linears, is_stacked
+from upg_jax.models._packing import pack_params
 from upg_jax.models._weights import WeightSource, can_stack, stack_layers
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "init_cache",
     "is_stacked",
     "load",
+    "pack_params",
     "parse_config",
     "stack_layers",
 ]

@@ -13,12 +13,17 @@ from jax import lax
 from upg_jax.models._attention import attend, attend_cached
 from upg_jax.models._cache import KVCache, LayerBuffers, write
 from upg_jax.models._config import DecoderConfig
-from upg_jax.models._linear import for_each_layer, linear, project
+from upg_jax.models._embedding import look_up
+from upg_jax.models._linear import for_each_layer, linear, project, project_together
 from upg_jax.models._rope import rotate
 
 Params: TypeAlias = dict[str, Any]
-"""`embed_tokens (vocab, hidden)`, `norm (hidden,)`, `lm_head` (a `Linear`, absent if tied) and `layers`: for each
-projection its `Linears` (and `NAME.bias (layers, out)`), and the norms' weights `(layers, hidden)`."""
+"""`embed_tokens (vocab, hidden)`, an array or an `MdCSR` of index `"dense"`; `norm (hidden,)`; `lm_head` (a `Linear`,
+absent if tied); and `layers`: for each projection its `Linears` (and `NAME.bias (layers, out)`), and the norms' weights
+`(layers, hidden)`. Projections that share their input may be one with all rows, named `joined(names)`."""
+
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+MLP_INPUTS = ("gate_proj", "up_proj")
 
 
 def forward(
@@ -59,12 +64,14 @@ def forward(
 
     layers, dtype = params["layers"], params["norm"].dtype
     cos, sin = config.rope.angles(positions, config.head_dim)
-    x = params["embed_tokens"][ids].astype(dtype)
+    x = look_up(params["embed_tokens"], ids).astype(dtype)
 
     def attention(x: jax.Array, layer: Any, kv: tuple[LayerBuffers, LayerBuffers] | None) -> Any:
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        sizes = [count * config.head_dim for count in heads]
         q, k, v = (
-            project(x, layers, name, layer).reshape(batch, tokens, -1, config.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
+            y.reshape(batch, tokens, -1, config.head_dim)
+            for y in project_together(x, layers, ATTENTION_INPUTS, sizes, layer)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None or kv is None:
@@ -81,8 +88,8 @@ def forward(
         attended, kv = attention(_norm(x, layers["input_layernorm"][layer], config), layer, kv)
         x = x + attended
         y = _norm(x, layers["post_attention_layernorm"][layer], config)
-        gated = jax.nn.silu(project(y, layers, "gate_proj", layer)) * project(y, layers, "up_proj", layer)
-        return x + project(gated, layers, "down_proj", layer), kv
+        gate, up = project_together(y, layers, MLP_INPUTS, [config.intermediate_size] * 2, layer)
+        return x + project(jax.nn.silu(gate) * up, layers, "down_proj", layer), kv
 
     kv = None if cache is None else (cache.keys, cache.values)
     x, kv = for_each_layer(block, (x, kv), layers, config.num_layers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from upg_jax._mdcsr import MdCSR
@@ -57,6 +58,29 @@ def project(x: jax.Array, layers: Mapping[str, Any], name: str, layer: Any) -> j
     if isinstance(weight, tuple):
         return linear(x, weight[layer], bias)
     return sparse_dense(x, weight, bias, index=layer)
+
+
+def project_together(
+    x: jax.Array, layers: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], layer: Any
+) -> list[jax.Array]:
+    """Applies projections that share their input; in one product where one matrix has the rows of them all.
+
+    Args:
+        x: `(..., in)`.
+        layers: the decoder's `layers` parameters; `joined(names)` is the key of the matrix with all rows.
+        names: of the projections.
+        sizes: rows of each.
+        layer: index, as for `project`.
+    """
+    if joined(names) not in layers:
+        return [project(x, layers, name, layer) for name in names]
+    y = project(x, layers, joined(names), layer)
+    return jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+
+
+def joined(names: Sequence[str]) -> str:
+    """The key of a matrix with the rows of several projections."""
+    return "+".join(names)
 
 
 def is_stacked(layers: Mapping[str, Any]) -> bool:

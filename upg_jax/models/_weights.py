@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import STATIC_FIELDS, MdCSR, stack
+from upg_jax.models._embedding import is_rows
 from upg_jax.models._linear import Linear, Linears
 
 # A stack pads its layers to one length; beyond this share of padding they stay apart.
@@ -87,13 +88,25 @@ def load_params(
     _check_names(weights, layers, source, ignored)
     tied = all(weight.slot != "lm_head" for weight in weights)
 
-    def dense(name: str, keep_dtype: bool = False) -> jax.Array:
+    def dense(name: str) -> jax.Array:
         array = source.read(name)
         if isinstance(array, MdCSR):
             raise CheckpointError(
                 f"{source.where}: tensor {name!r} is compressed; it must be dense; exclude it"
             )
-        return jnp.asarray(array, None if keep_dtype else dtype)
+        return jnp.asarray(array, dtype)
+
+    def embedding(name: str) -> Linear:
+        array = source.read(name)
+        if isinstance(array, MdCSR):
+            if not is_rows(array):
+                raise CheckpointError(
+                    f"{source.where}: tensor {name!r} is compressed with index {array.index!r} on the {array.manifold} "
+                    "manifold; rows are looked up in it, so it must be dense, or have index 'dense' on the unit "
+                    "manifold; compress the model with --embedding int8 or float"
+                )
+            return array
+        return jnp.asarray(array, dtype if tied else None)
 
     def matrix(weight: Linear) -> Linear:
         return weight if isinstance(weight, MdCSR) else jnp.asarray(weight, dtype)
@@ -108,8 +121,10 @@ def load_params(
             params["layers"][weight.slot] = jnp.stack([dense(name) for name in names])
         elif weight.linear:
             params[weight.slot] = matrix(source.read(names[0]))
+        elif weight.slot == "embed_tokens":
+            params[weight.slot] = embedding(names[0])
         else:
-            params[weight.slot] = dense(names[0], keep_dtype=weight.slot == "embed_tokens" and not tied)
+            params[weight.slot] = dense(names[0])
     return params
 
 
