@@ -75,9 +75,13 @@ def test_inspect_lists_sizes(upg_jax, compressed):
     path, report = compressed
     result = upg_jax("inspect", path, "--json")
     summary = json.loads(result.stdout)["summary"]
-    assert summary["compressed"] == 14
-    assert summary["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
-    assert "compressed at density 0.5" in upg_jax("inspect", path).stdout
+    assert summary["compressed"] == 16
+    linears, tokens = summary["by_index"]["delta8"], summary["by_index"]["dense"]
+    assert linears["matrices"] == 14
+    assert linears["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert tokens["matrices"] == 2
+    assert tokens["density"] > 0.99
+    assert "14 compressed with index delta8 at density 0.5" in upg_jax("inspect", path).stdout
 
 
 def test_verify_accepts_a_whole_file_and_names_what_is_broken(upg_jax, compressed, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from small_models import llama
-from upg_jax._index import INDEXES
 
 from upg_jax import EncodingError, MdCSR
+from upg_jax._index import INDEXES
 from upg_jax.compress import METHODS, Encoding, Rule, Settings, prune_mask
 
 SHAPES = {name: w.shape for name, w in llama.weights().items()}

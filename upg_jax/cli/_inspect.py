@@ -36,7 +36,7 @@ def inspect(
 
     table = Table()
     table.add_column("tensor", overflow="fold")
-    for header in ("shape", "dtype", "manifold"):
+    for header in ("shape", "dtype", "manifold", "index"):
         table.add_column(header)
     for header in ("density", "bits per weight", "stored"):
         table.add_column(header, justify="right")
@@ -46,30 +46,41 @@ def inspect(
             " x ".join(map(str, i.shape)),
             i.dtype,
             i.manifold or "dense",
+            i.index or "",
             "" if i.true_nnz is None else f"{i.true_nnz / max(i.num_weights, 1):.3f}",
             f"{i.bits_per_weight:.2f}",
             human_bytes(i.stored_bytes),
         )
     stdout.print(table)
     line = f"{summary['tensors']} tensors, {human_bytes(summary['stored_bytes'])}"
-    if summary["compressed"]:
+    for index, found in summary["by_index"].items():
         line += (
-            f"; {summary['compressed']} compressed at density {summary['density']:.3f}, "
-            f"{summary['bits_per_weight']:.2f} bits per weight"
+            f"; {found['matrices']} compressed with index {index} at density {found['density']:.3f}, "
+            f"{found['bits_per_weight']:.2f} bits per weight"
         )
     stdout.print(line, soft_wrap=True)
 
 
 def summarize(infos: Sequence[TensorInfo]) -> dict[str, Any]:
-    """Sizes over a file's tensors; density and bits per weight over the compressed ones, all planes counted."""
-    compressed = [i for i in infos if i.manifold is not None]
-    weights = max(sum(i.num_weights for i in compressed), 1)
+    """Sizes over a file's tensors; density and bits per weight of the compressed ones by index, all planes counted."""
+    by_index: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        if info.index is not None:
+            by_index.setdefault(info.index, []).append(info)
     return {
         "tensors": len(infos),
-        "compressed": len(compressed),
+        "compressed": sum(map(len, by_index.values())),
         "stored_bytes": sum(i.stored_bytes for i in infos),
-        "density": sum(i.true_nnz or 0 for i in compressed) / weights,
-        "bits_per_weight": 8 * sum(i.stored_bytes for i in compressed) / weights,
+        "by_index": {index: _totals(found) for index, found in by_index.items()},
+    }
+
+
+def _totals(infos: Sequence[TensorInfo]) -> dict[str, Any]:
+    weights = max(sum(i.num_weights for i in infos), 1)
+    return {
+        "matrices": len(infos),
+        "density": sum(i.true_nnz or 0 for i in infos) / weights,
+        "bits_per_weight": 8 * sum(i.stored_bytes for i in infos) / weights,
     }
 
 
