@@ -1,25 +1,24 @@
 """What int8 rows do to the perplexity of a model whose embedding and head they become.
 
-    python benchmarks/embedding.py MODEL [--text FILE ...] [--windows 20] [--window 512] [--out rows.jsonl]
+    python -m benchmarks.embedding MODEL --out rows.jsonl [--text FILE ...] [--windows 20] [--window 512]
 
 MODEL is anything that `UPGModel.from_file` opens with a float embedding; without a text, the demo's. Both models see
-the same windows, so that the difference is known far better than either value. Writes one JSON object a line: the
-environment, then a row for each text with the negative log-likelihood of every window.
+the same windows, so that the difference is known far better than either value. A row is a text, with the negative
+log-likelihood of every window.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import environment
 
+from benchmarks._rows import Writer, environment
 from upg_jax import MdCSR
 from upg_jax.cli._demo import demo_text
 from upg_jax.inference import UPGModel, perplexity
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="*", default=[])
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     options = parser.parse_args()
     model = UPGModel.from_file(options.model)
     if any(isinstance(model.params.get(name), MdCSR) for name in ("embed_tokens", "lm_head")):
@@ -72,13 +71,12 @@ def main() -> None:
         )
     models = {"float": model, "int8 rows": with_int8_rows(model)}
     texts = {path.name: path.read_text("utf-8") for path in options.text} or {"jargon file": demo_text()}
-    rows = []
+    writer = Writer(options.out)
+    writer.write(environment(model=Path(options.model).name))
     for name, text in texts.items():
-        rows.append({"text": name, **measure(models, text, options.windows, options.window)})
-        print(summary(rows[-1]), flush=True)
-    if options.out is not None:
-        lines = [{"environment": environment(), "model": Path(options.model).name}, *rows]
-        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        row = {"topic": "embedding", "text": name, **measure(models, text, options.windows, options.window)}
+        writer.write(row)
+        print(summary(row), flush=True)
 
 
 if __name__ == "__main__":
