@@ -112,6 +112,10 @@ def test_generate_streams_what_the_model_answers(upg_jax, compressed):
         upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6", "--json").stdout
     )
     assert as_json["ids"] == expected.ids
+    as_it_lies = upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6", "--no-pack")
+    assert as_it_lies.stdout == expected.text + "\n"
+    assert "with index delta8" in as_it_lies.stderr
+    assert "with index dense" in as_it_lies.stderr
 
 
 def test_eval_reports_perplexity_with_window_and_stride(upg_jax, compressed, tmp_path):

@@ -12,6 +12,15 @@ ModelArgument = Annotated[
     Path, typer.Argument(help="A UPG file or directory, a Hugging Face directory, or a GGUF file.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="Of activations and dense weights: float32 or bfloat16.")]
+PackOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Copy compressed layers into the form that decodes fastest here, or use them as they lie in the file. "
+        "By default up to a gigabyte is packed.",
+        show_default=False,
+    ),
+]
 
 
 def generate(
@@ -28,14 +37,15 @@ def generate(
         bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
     dtype: DtypeOption = "float32",
+    pack: PackOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and timing as JSON.")] = False,
 ) -> None:
     """Continues a prompt; the answer goes to stdout as it comes."""
-    from upg_jax.cli._output import print_json, status, stderr, stdout
+    from upg_jax.cli._output import human_bytes, print_json, status, stderr, stdout
     from upg_jax.inference import UPGModel
 
     with status(f"opening {path}"):
-        model = UPGModel.from_file(path, dtype=dtype)
+        model = UPGModel.from_file(path, dtype=dtype, pack=pack)
     if chat and model.tokenizer is not None:
         ids = model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     else:
@@ -56,8 +66,16 @@ def generate(
     rate = (len(tokens) - 1) / (end - first) if first and len(tokens) > 1 else 0.0
     if json:
         print_json(
-            {"text": "".join(pieces), "ids": tokens, "seconds": end - start, "tokens_per_second": rate}
+            {
+                "text": "".join(pieces),
+                "ids": tokens,
+                "seconds": end - start,
+                "tokens_per_second": rate,
+                "index_bytes": model.index_bytes,
+            }
         )
         return
     stdout.print()
-    stderr.print(f"{len(tokens)} tokens, {rate:.1f} tokens/s after the first", style="dim")
+    stored = ", ".join(f"{human_bytes(size)} with index {index}" for index, size in model.index_bytes.items())
+    said = f"{len(tokens)} tokens, {rate:.1f} tokens/s after the first"
+    stderr.print(f"{said}; compressed layers: {stored}" if stored else said, style="dim")
