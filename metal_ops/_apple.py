@@ -142,7 +142,7 @@ class Device:
             self.name = str(self._device.name())
             self.unified_memory = bool(self._device.hasUnifiedMemory())
             self.limits = Limits(threadgroup_memory=int(self._device.maxThreadgroupMemoryLength()))
-            self._max_buffer = int(self._device.maxBufferLength())
+            self.max_buffer = int(self._device.maxBufferLength())
 
     def keep(self, address: int, nbytes: int, owner: Any) -> None:
         """Wraps memory once and for as long as its owner lives, instead of at every submission that uses it.
@@ -303,7 +303,7 @@ class Device:
         return refused
 
     def _no_copy(self, begin: int, nbytes: int) -> Any:
-        if nbytes > self._max_buffer:
+        if nbytes > self.max_buffer:
             return None
         pages = (ctypes.c_char * nbytes).from_address(begin)
         return self._device.newBufferWithBytesNoCopy_length_options_deallocator_(

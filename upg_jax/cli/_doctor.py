@@ -30,10 +30,21 @@ _SIMD = (
 
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    metal: Annotated[
+        bool,
+        typer.Option(
+            "--metal",
+            help="Compile, check and time every Metal kernel, and print what to paste into an issue. Without a "
+            "Mac they run in an emulator.",
+        ),
+    ] = False,
 ) -> None:
     """Prints versions, platform, SIMD, and which lowering sparse_dense takes here and why; exits with 1 if none."""
     from upg_jax.cli._output import print_json
 
+    if metal:
+        _metal(json)
+        return
     report = collect()
     if json:
         print_json(report)
@@ -56,6 +67,25 @@ def _print_tables(report: dict[str, dict[str, Any]]) -> None:
             table.add_row(key, str(value))
         stdout.print(table)
         stdout.print()
+
+
+def _metal(json: bool) -> None:
+    import dataclasses
+
+    from upg_jax._metal_report import as_text, report
+    from upg_jax.cli._output import print_json, status, stdout
+
+    lines = []
+    with status("compiling kernels") as show:
+        for line in report():
+            lines.append(line)
+            show(f"{line.section}: {line.name}")
+    if json:
+        print_json([dataclasses.asdict(line) for line in lines])
+    else:
+        stdout.print(as_text(lines), soft_wrap=True)
+    if not all(line.ok for line in lines):
+        raise typer.Exit(1)
 
 
 def collect() -> dict[str, dict[str, Any]]:
