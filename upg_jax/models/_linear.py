@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from upg_jax._mdcsr import MdCSR
-from upg_jax._sparse_dense import sparse_dense
+from upg_jax._sparse_dense import sparse_dense, sparse_dense_many
 
 Linear: TypeAlias = jax.Array | MdCSR
 """A weight matrix `(out_features, in_features)`, dense or compressed."""
@@ -54,16 +54,22 @@ def project(x: jax.Array, layers: Mapping[str, Any], name: str, layer: Any) -> j
         layer: index; traced where `is_stacked(layers)`, else a Python integer.
     """
     weight = layers[name]
-    bias = layers[f"{name}.bias"][layer] if f"{name}.bias" in layers else None
+    bias = _bias(layers, name, layer)
     if isinstance(weight, tuple):
         return linear(x, weight[layer], bias)
     return sparse_dense(x, weight, bias, index=layer)
+
+
+def _bias(layers: Mapping[str, Any], name: str, layer: Any) -> jax.Array | None:
+    return layers[f"{name}.bias"][layer] if f"{name}.bias" in layers else None
 
 
 def project_together(
     x: jax.Array, layers: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], layer: Any
 ) -> list[jax.Array]:
     """Applies projections that share their input; in one product where one matrix has the rows of them all.
+
+    Otherwise those of compressed matrices are launched together, which saves a GPU's waits.
 
     Args:
         x: `(..., in)`.
@@ -73,6 +79,12 @@ def project_together(
         layer: index, as for `project`.
     """
     if joined(names) not in layers:
+        weights = [layers[name] for name in names]
+        biases = [_bias(layers, name, layer) for name in names]
+        if all(isinstance(weight, MdCSR) for weight in weights):
+            return sparse_dense_many(x, weights, biases, index=layer)
+        if all(isinstance(weight, tuple) and isinstance(weight[layer], MdCSR) for weight in weights):
+            return sparse_dense_many(x, [weight[layer] for weight in weights], biases)
         return [project(x, layers, name, layer) for name in names]
     y = project(x, layers, joined(names), layer)
     return jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1)
