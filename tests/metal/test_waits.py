@@ -49,6 +49,7 @@ def test_a_step_waits_four_times_for_each_layer(emulator, stacked):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_generation_in_the_emulator_answers_as_the_processor_does(emulator):
     model = compressed_model("everything")
     answer = model.generate([3, 1, 4], max_new_tokens=3)
