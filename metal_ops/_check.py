@@ -14,7 +14,7 @@ from typing import Any
 
 from metal_ops._build import INCLUDE
 from metal_ops._errors import SourceError, UnavailableError
-from metal_ops._parse import without_comments
+from metal_ops._parse import blank, without_comments
 from metal_ops._source import Source
 from metal_ops._translate import translate
 
@@ -23,6 +23,7 @@ _LACKING = (
     "asm|catch|delete|double|dynamic_cast|goto|new|operator\\s+new|std|thread_local|throw|try|typeid|"
     "virtual|wchar_t"
 )
+_FOR_CUDA = re.compile(r"#[ \t]*if[^\n]*\b__CUDACC__\b.*?(?=#[ \t]*(?:else|elif|endif))", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -60,6 +61,7 @@ def _problem(source: Source, line: int, rule: str) -> Problem:
 
 def _lacking(source: Source) -> Iterator[Problem]:
     text = re.sub(r'"[^"\n]*"', '""', without_comments(source.text))
+    text = _FOR_CUDA.sub(lambda m: blank(m[0]), text)
     for m in re.finditer(rf"\b(?:{_LACKING})\b", text):
         yield _problem(source, text.count("\n", 0, m.start()) + 1, f"Metal has no {m[0]}")
 

@@ -167,14 +167,14 @@ print("compiled")
 """
 
 
-def compile_in_a_process(path, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def start_compiling(path, **environment) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, str(path)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True)
+
+
+def compile_in_a_process(path, **environment) -> tuple[str, str]:
+    return start_compiling(path, **environment).communicate()
 
 
 def test_a_compiled_program_is_kept_and_needs_no_compilation_again(tmp_path):
@@ -183,8 +183,7 @@ def test_a_compiled_program_is_kept_and_needs_no_compilation_again(tmp_path):
     )
     cache = tmp_path / "cache"
     for _ in range(2):
-        done = compile_in_a_process(tmp_path / "k.metal", METAL_OPS_CACHE=str(cache))
-        assert done.stdout == "compiled\n", done.stderr
+        assert compile_in_a_process(tmp_path / "k.metal", METAL_OPS_CACHE=str(cache)) == ("compiled\n", "")
         (kept,) = cache.iterdir()  # no temporary file stays behind
         first = kept.stat().st_mtime_ns
         assert kept.name.startswith("k-")
@@ -196,15 +195,25 @@ def test_a_compiled_program_is_kept_and_needs_no_compilation_again(tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_processes_may_compile_the_same_at_once(tmp_path):
+    (tmp_path / "k.metal").write_text(
+        "#include <metal_stdlib>\nkernel void k(device float* y [[buffer(0)]]) {}\n"
+    )
+    cache = str(tmp_path / "cache")
+    for process in [start_compiling(tmp_path / "k.metal", METAL_OPS_CACHE=cache) for _ in range(3)]:
+        assert process.communicate() == ("compiled\n", "")
+    assert len(os.listdir(cache)) == 1
+
+
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path):
     (tmp_path / "k.metal").write_text(
         "#include <metal_stdlib>\nkernel void k(device float* y [[buffer(0)]]) {}\n"
     )
-    done = compile_in_a_process(
+    _, errors = compile_in_a_process(
         tmp_path / "k.metal", PATH=str(tmp_path), METAL_OPS_CACHE=str(tmp_path), CXX=""
     )
-    assert "UnavailableError: the emulator needs a C++17 compiler" in done.stderr
-    assert "apt install g++" in done.stderr
+    assert "UnavailableError: the emulator needs a C++17 compiler" in errors
+    assert "apt install g++" in errors
 
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):

@@ -84,3 +84,21 @@ def test_the_check_finds_nothing_in_the_kernels(kernel):
     pytest.importorskip("clang.cindex", reason='needs libclang: pip install "upg-jax[metal-dev]"')
     for entries in (4, 8, 16):
         assert metal_ops.check(metal_ops.load_source(kernel, {"LANE_ENTRIES": entries})) == []
+
+
+def test_what_only_cuda_sees_is_not_checked(tmp_path):
+    path = tmp_path / "k.metal"
+    path.write_text(
+        """#include <metal_stdlib>
+        #ifdef __CUDACC__
+        static inline uint one() { uint v; asm("mov.u32 %0, 1;" : "=r"(v)); return v; }
+        #else
+        static inline uint one() { return 1; }
+        #endif
+        kernel void k(device uint* y [[buffer(0)]]) { y[0] = one(); }
+        """
+    )
+    pytest.importorskip("clang.cindex", reason='needs libclang: pip install "upg-jax[metal-dev]"')
+    assert metal_ops.check(metal_ops.load_source(path)) == []
+    path.write_text(path.read_text().replace("#ifdef __CUDACC__", "#ifndef OTHER"))
+    assert "Metal has no asm" in str(metal_ops.check(metal_ops.load_source(path)))
