@@ -39,6 +39,7 @@ class Run:
     """What the topics are asked for: `quick` or all of it, and how long a contender may take."""
 
     quick: bool
+    shapes: tuple[tuple[int, int], ...]
     repeats: int
     budget: float
 
@@ -49,9 +50,8 @@ class Run:
 
 def product(run: Run) -> Iterator[dict[str, Any]]:
     """`sparse_dense` and the peers: shapes x densities x batches."""
-    shapes = (LARGE[0], SMALL[0]) if run.quick else LARGE + SMALL
     densities = DENSITIES[:2] if run.quick else DENSITIES
-    for (rows, columns), density in itertools.product(shapes, densities):
+    for (rows, columns), density in itertools.product(run.shapes, densities):
         matrix = Matrix(rows, columns, density)
         for batch in (1, 16, 64) if run.quick else BATCHES:
             yield run.row("product", matrix.case(batch), contenders(matrix, batch))
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few shapes, densities and batches")
     parser.add_argument("--threads", type=int, help="run on so many cores; default: all")
     parser.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS))
+    parser.add_argument("--shapes", nargs="+", help="of the products, such as 5120x5120")
     parser.add_argument("--repeats", type=int, default=21, help="timed calls of each contender")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds for each contender of a case")
     arguments = parser.parse_args()
@@ -191,7 +192,10 @@ def main() -> None:
     kernels = library.kernels if library else _native.unavailable_reason()
     writer = Writer(arguments.out)
     writer.write(environment(kernels=kernels, chain=CHAIN))
-    run = Run(arguments.quick, arguments.repeats, arguments.budget)
+    shapes = (LARGE[0], SMALL[0]) if arguments.quick else LARGE + SMALL
+    if arguments.shapes:
+        shapes = tuple(tuple(map(int, shape.split("x"))) for shape in arguments.shapes)
+    run = Run(arguments.quick, shapes, arguments.repeats, arguments.budget)
     for topic in arguments.topics:
         writer.write({"topic": "bandwidth", "bytes per second": bandwidth()})
         for row in TOPICS[topic](run):

@@ -38,10 +38,19 @@ class Llama:
     def __init__(self, python: str, source: Path, folder: Path) -> None:
         worker = Path(__file__).with_name("_llama_worker.py")
         command = [python, str(worker), str(source), str(folder), str(usable_threads())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.about = json.loads(self._process.stdout.readline())
+        self._log = folder / "llama.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.about = self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise SystemExit(f"llama.cpp ended with {code}:\n{self._log.read_text(errors='replace')[-2000:]}")
+        return json.loads(line)
 
     def answer(self, name: str, prompt: list[int], tokens: int) -> tuple[list[int], float]:
         """The ids, and seconds from the first to the last."""
@@ -50,7 +59,7 @@ class Llama:
             file=self._process.stdin,
             flush=True,
         )
-        reply = json.loads(self._process.stdout.readline())
+        reply = self._reply()
         return reply["ids"], reply["seconds"]
 
     def close(self) -> None:
