@@ -14,7 +14,7 @@ from oracle.mdcsr import decode_layer
 
 from upg_jax import MdCSR, pack
 from upg_jax.inference import UPGModel
-from upg_jax.models import forward, is_stacked, pack_params
+from upg_jax.models import _packing, forward, is_stacked, pack_params
 from upg_jax.models._packing import can_join, join_rows
 
 IDS = np.random.default_rng(0).integers(0, 101, (2, 11))
@@ -93,6 +93,20 @@ def test_matrices_stored_one_by_one_are_joined_too():
     # One layer's keys are dense: nothing of the attention's inputs is joined.
     assert {"q_proj", "k_proj", "v_proj", "gate_proj+up_proj"} < packed["layers"].keys()
     assert isinstance(packed["layers"]["gate_proj+up_proj"], MdCSR)
+    np.testing.assert_allclose(logits(model, packed), logits(model, params), atol=TOLERANCE, rtol=0)
+
+
+def test_a_layer_that_no_other_index_can_hold_keeps_its_own(monkeypatch):
+    monkeypatch.setattr(_packing, "pack", lambda layer: pack(layer, "mask"))
+    model = compressed_model("grouped-query")
+    layers = dict(model.params["layers"])
+    deltas = np.array(layers["o_proj"].delta_indices)
+    deltas[0, 1] = 0  # two entries of the first row on one column: structurally valid, and added up
+    layers["o_proj"] = dataclasses.replace(layers["o_proj"], delta_indices=jnp.asarray(deltas)).validate()
+    params = {**model.params, "layers": layers}
+    packed = pack_params(params, model.config.num_layers)
+    assert packed["layers"]["o_proj"].index == "delta8"
+    assert packed["layers"]["down_proj"].index == "mask"
     np.testing.assert_allclose(logits(model, packed), logits(model, params), atol=TOLERANCE, rtol=0)
 
 

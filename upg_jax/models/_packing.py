@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upg_jax._encode import MAX_ENTRIES
+from upg_jax._errors import FormatError
 from upg_jax._mdcsr import STATIC_FIELDS, MdCSR
 from upg_jax._pack import pack
 from upg_jax.models._decoder import ATTENTION_INPUTS, MLP_INPUTS, Params
@@ -22,7 +23,7 @@ def pack_params(params: Params, count: int) -> Params:
     """Returns parameters that decode faster and mean the same: a copy of the compressed planes, made on the host.
 
     Projections that share their input become one, and every compressed matrix takes the `index` that multiplies fastest
-    here (`upg_jax.pack`).
+    here (`upg_jax.pack`), unless that cannot hold it: kernels are defined on more than what encoders make.
 
     Args:
         params: the decoder's.
@@ -32,18 +33,24 @@ def pack_params(params: Params, count: int) -> Params:
     for names in (ATTENTION_INPUTS, MLP_INPUTS):
         layers = join_projections(layers, names, count)
     packed = {key: _pack_all(weights) for key, weights in layers.items()}
-    head = {"lm_head": pack(params["lm_head"])} if isinstance(params.get("lm_head"), MdCSR) else {}
+    head = {"lm_head": _pack(params["lm_head"])} if "lm_head" in params else {}
     return {**params, **head, "layers": packed}
+
+
+def _pack(weight: Any) -> Any:
+    if not isinstance(weight, MdCSR):
+        return weight
+    try:
+        return pack(weight)
+    except FormatError:
+        return weight
 
 
 def _pack_all(weights: Any) -> Any:
     """Packs one projection of all layers; those of a stack alike, so that it stays one."""
     weights = stack_layers(weights) if isinstance(weights, tuple) else weights
-    packed = [
-        pack(w) if isinstance(w, MdCSR) else w for w in (weights if isinstance(weights, tuple) else [weights])
-    ]
-    packed = jax.tree.map(jnp.asarray, packed)
-    return tuple(packed) if isinstance(weights, tuple) else packed[0]
+    packed = tuple(map(_pack, weights)) if isinstance(weights, tuple) else _pack(weights)
+    return jax.tree.map(jnp.asarray, packed)
 
 
 def join_projections(layers: Mapping[str, Any], names: Sequence[str], count: int) -> dict[str, Any]:
