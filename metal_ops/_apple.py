@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from metal_ops._errors import KernelError, UnavailableError
 from metal_ops._source import Source
@@ -31,8 +31,7 @@ _COPY_ALIGNMENT = 256
 _PAGE = mmap.PAGESIZE
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(NamedTuple):
     """Host memory that a kernel takes as a buffer.
 
     Attributes:
@@ -46,8 +45,7 @@ class Memory:
     written: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scratch:
+class Scratch(NamedTuple):
     """Device memory that is handed from one launch to a later one of the same submission.
 
     Attributes:

@@ -11,7 +11,7 @@ import ctypes
 import dataclasses
 import math
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 EXECUTE = 3
 METADATA_EXTENSION = 1
@@ -45,8 +45,7 @@ _DTYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Array:
+class Array(NamedTuple):
     """A dense row-major array in host memory, valid during the call.
 
     Attributes:

@@ -22,6 +22,7 @@ from upg_jax._index import (
     spread_dense,
 )
 from upg_jax._mdcsr import PLANES, Manifold, MdCSR, stack
+from upg_jax._sparse_dense import _metal_lowering
 from upg_jax._sparse_dense._backend import requested_backend
 
 # The fastest form up to a density, for one vector, measured with AVX-512 (docs/native.md). An instruction set without
@@ -77,6 +78,8 @@ def unpack(layer: MdCSR) -> MdCSR:
 
 def choose_index(layer: MdCSR) -> tuple[Index, str]:
     """The form in which products with this layer are fastest on this machine, and the reason in words."""
+    if _metal_lowering.reads(layer.capacity, requested_backend()):
+        return "delta8", "the Metal kernels read deltas"
     if _native.load() is None or requested_backend() == "reference":
         return layer.index, "pure JAX walks every form at about the same speed, so it stays as it is"
     density = (layer.nnz if layer.index != "dense" else layer.true_nnz) / max(layer.num_weights, 1)

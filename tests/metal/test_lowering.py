@@ -236,6 +236,15 @@ class TestAuto:
         found = self.calls(lambda x, *layers: sparse_dense_many(x, layers), case.x(1), case.layer, case.layer)
         assert found == ["upg_jax.metal.products.v1"]
 
+    def test_a_layer_that_the_gpu_will_read_is_not_packed_for_the_processor(self, mac, monkeypatch):
+        layer = MdCSR.from_dense(np.ones((32, 32), np.float32), density=0.5)
+        monkeypatch.setattr(_metal_lowering, "MIN_WORK", layer.capacity)
+        assert upg_jax.pack(layer).index == "delta8"
+        monkeypatch.setattr(_metal_lowering, "MIN_WORK", layer.capacity + 1)
+        with use_backend("reference"):
+            assert upg_jax.pack(layer).index == "delta8"
+        assert upg_jax.pack(layer).index == ("delta8" if unavailable_reason("native") else "mask")
+
     def test_the_doctor_says_so(self, mac):
         backend, reason = choose_backend("cpu")
         assert backend == "metal"

@@ -56,6 +56,11 @@ def gains(backend: str) -> bool:
     )
 
 
+def reads(entries: int, backend: str) -> bool:
+    """Whether products of one vector with a layer of so many entries go to Metal kernels, if its index allows it."""
+    return gains(backend) and (backend in BACKENDS or entries >= MIN_WORK)
+
+
 def takes(avals: Sequence[Any], layouts: Sequence[Layout], backend: str, decode: bool = False) -> bool:
     """Whether an operation on platform "cpu" goes to Metal kernels.
 
