@@ -66,7 +66,7 @@ def encode_dense(
             continue
         encoded = encode_entries(*entries, num_rows=stop - start, row_alignment=row_alignment)
         if index == "mask":
-            pointers = np.concatenate([[0], np.cumsum(encoded.row_lengths)])
+            pointers = np.concatenate([[0], np.cumsum(encoded.row_lengths)]).astype(np.uint32)
             bits = mask_from_deltas(encoded.delta_indices, encoded.values, pointers, size, "from_dense")
             encoded = encoded._replace(delta_indices=bits)
         chunks.append(encoded)

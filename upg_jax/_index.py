@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from upg_jax import _native
 from upg_jax._errors import FormatError
 
 Index: TypeAlias = Literal["delta8", "mask", "dense"]
@@ -70,6 +71,14 @@ def first_row_outside_mask(mask: np.ndarray, shape: tuple[int, int]) -> int | No
     return int(np.argmax(outside)) if outside.any() else None
 
 
+def is_good_mask(mask: np.ndarray, pointers: np.ndarray, shape: tuple[int, int]) -> bool:
+    """Whether the compiled check finds no bit outside the matrix or beyond a row's entries; False without it."""
+    library = _native.load()
+    if library is None:
+        return False
+    return library.conversions("mask", shape, pointers, deltas=mask).first_bad_mask_row() is None
+
+
 def mask_from_deltas(
     deltas: np.ndarray, values: np.ndarray, pointers: np.ndarray, shape: tuple[int, int], where: str
 ) -> np.ndarray:
@@ -82,6 +91,10 @@ def mask_from_deltas(
     if deltas[int(pointers[-1]) :].any():
         raise FormatError(f"{where}: delta_indices must be zero past the last row's entries")
     mask = np.zeros((out_features, mask_row_bytes(in_features)), np.uint8)
+    if (library := _native.load()) is not None:
+        planes = library.conversions("delta8", shape, pointers, values=values, deltas=deltas)
+        if planes.mask_from_deltas(mask) is None:
+            return mask.reshape(-1)
     for first, last, rows, columns, _ in _columns_of_deltas(deltas, values, pointers, in_features, where):
         bits = np.zeros((last - first, mask.shape[1] * 8), bool)
         bits[rows - first, columns] = True
@@ -101,6 +114,10 @@ def deltas_from_mask(
     words = mask.reshape(out_features, mask_row_bytes(in_features))
     lengths = row_lengths(pointers)
     deltas = np.zeros(capacity, np.uint8)
+    if (library := _native.load()) is not None:
+        if library.conversions("mask", shape, pointers, deltas=mask).deltas_from_mask(deltas) is None:
+            return deltas
+        deltas[:] = 0
     for first, last in row_chunks(pointers, in_features):
         rows, columns = np.nonzero(np.unpackbits(words[first:last], axis=1, bitorder="little"))
         counts = np.bincount(rows, minlength=last - first)

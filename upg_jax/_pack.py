@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from upg_jax import _native
-from upg_jax._encode import EncodedRows, assemble, encode_entries
+from upg_jax._encode import MAX_ENTRIES, EncodedRows, assemble, encode_entries
 from upg_jax._errors import FormatError
 from upg_jax._index import (
     INDEXES,
@@ -24,6 +24,7 @@ from upg_jax._index import (
 from upg_jax._mdcsr import PLANES, Manifold, MdCSR, stack
 from upg_jax._sparse_dense import _metal_lowering
 from upg_jax._sparse_dense._backend import requested_backend
+from upg_jax._validate import validate
 
 # The fastest form up to a density, for one vector, measured with AVX-512 (docs/native.md). An instruction set without
 # gathers or expansions changes the limits little.
@@ -62,6 +63,7 @@ def pack(layer: MdCSR, index: Index | None = None) -> MdCSR:
     if {layer.index, index} == {"mask", "dense"}:
         return pack(pack(layer, "delta8"), index)
     host = jax.tree.map(np.asarray, layer)
+    validate(host, where="pack")
     if "dense" in (layer.index, index):
         return _like(layer, _every_plane(host, index))
     return _like(layer, dataclasses.replace(host, index=index, delta_indices=_only_columns(host, index)))
@@ -129,6 +131,8 @@ def _every_plane(host: MdCSR, index: Index) -> MdCSR:
 
 def _to_dense(layer: Any, where: str) -> MdCSR:
     stride = dense_row_entries(layer.in_features, layer.row_alignment)
+    if (packed := _compiled_to_dense(layer, stride)) is not None:
+        return packed
     tail = layer.capacity - layer.nnz
 
     def spread(plane: np.ndarray) -> np.ndarray:
@@ -143,14 +147,8 @@ def _to_dense(layer: Any, where: str) -> MdCSR:
         )
         return np.concatenate([dense, np.zeros(tail, plane.dtype)]) if tail else dense
 
-    packed = dataclasses.replace(
-        layer,
-        index="dense",
-        values=spread(layer.values),
-        delta_indices=np.zeros(0, np.uint8),
-        prime_indices=None if layer.prime_indices is None else spread(layer.prime_indices),
-        row_pointers=np.arange(layer.out_features + 1, dtype=np.uint32) * np.uint32(stride),
-    )
+    primes = None if layer.prime_indices is None else spread(layer.prime_indices)
+    packed = _dense(layer, spread(layer.values), primes, stride)
     # Rows of entries alone do not say where fillers and padding were: only the encoder's places can be found again.
     back = _from_dense(packed)
     for plane in PLANES:
@@ -162,9 +160,70 @@ def _to_dense(layer: Any, where: str) -> MdCSR:
     return packed
 
 
+def _dense(layer: MdCSR, values: np.ndarray, primes: np.ndarray | None, stride: int) -> MdCSR:
+    return dataclasses.replace(
+        layer,
+        index="dense",
+        values=values,
+        delta_indices=np.zeros(0, np.uint8),
+        prime_indices=primes,
+        row_pointers=np.arange(layer.out_features + 1, dtype=np.uint32) * np.uint32(stride),
+    )
+
+
+def _compiled_to_dense(layer: Any, stride: int) -> MdCSR | None:
+    library = _native.load()
+    tail = [getattr(layer, plane)[layer.nnz :] for plane in ("values", "delta_indices")]
+    if layer.prime_indices is not None:
+        tail.append(layer.prime_indices[layer.nnz :])
+    if library is None or any(plane.any() for plane in tail):
+        return None
+    length = layer.out_features * stride + tail[0].size
+    values = np.zeros(length, np.int8)
+    primes = None if layer.prime_indices is None else np.zeros(length, np.uint16)
+    planes = library.conversions(
+        "delta8",
+        *(layer.shape, layer.row_pointers),
+        values=layer.values,
+        deltas=layer.delta_indices,
+        primes=layer.prime_indices,
+    )
+    if planes.dense_from_deltas(stride, layer.row_alignment, values, primes) is not None:
+        return None
+    return _dense(layer, values, primes, stride)
+
+
+def _compiled_from_dense(layer: Any, stride: int, tail: int) -> MdCSR | None:
+    library = _native.load()
+    if library is None:
+        return None
+    planes = library.conversions(
+        "dense", layer.shape, layer.row_pointers, values=layer.values, primes=layer.prime_indices
+    )
+    ends = np.cumsum(planes.row_lengths_of_dense(stride, layer.row_alignment), dtype=np.int64)
+    pointers = np.concatenate([[0], ends])
+    capacity = int(pointers[-1]) + tail
+    if capacity > MAX_ENTRIES:
+        return None
+    pointers = pointers.astype(np.uint32)
+    values, deltas = np.zeros(capacity, np.int8), np.zeros(capacity, np.uint8)
+    primes = None if layer.prime_indices is None else np.zeros(capacity, np.uint16)
+    planes.deltas_from_dense(stride, pointers, values, deltas, primes)
+    return dataclasses.replace(
+        layer,
+        index="delta8",
+        values=values,
+        delta_indices=deltas,
+        prime_indices=primes,
+        row_pointers=pointers,
+    )
+
+
 def _from_dense(layer: Any) -> MdCSR:
     stride = dense_row_entries(layer.in_features, layer.row_alignment)
     tail = layer.capacity - layer.out_features * stride
+    if (unpacked := _compiled_from_dense(layer, stride, tail)) is not None:
+        return unpacked
     chunks: list[EncodedRows] = []
     for first, last in row_chunks(layer.row_pointers):
         at = slice(first * stride, last * stride)

@@ -20,6 +20,15 @@ PACKED = ("mask", "dense")
 PLANES = ("values", "delta_indices", "prime_indices", "scales", "row_pointers")
 
 
+@pytest.fixture(params=["compiled", "numpy"])
+def conversions(request, monkeypatch):
+    """Runs a test with the compiled conversions, and without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(_native, "load", lambda: None)
+    elif _native.load() is None:
+        pytest.skip(f"no native library: {_native.unavailable_reason()}")
+
+
 def assert_same_bits(a: MdCSR, b: MdCSR) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)  # statics, too
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -32,7 +41,7 @@ def assert_same_bits(a: MdCSR, b: MdCSR) -> None:
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
 @pytest.mark.parametrize("row_alignment", [1, 8])
 @pytest.mark.parametrize("structure", ["random", "full", "empty_rows", "full_row", "last_column", "zero"])
-def test_every_structure_comes_back(structure, row_alignment, manifold, index):
+def test_every_structure_comes_back(structure, row_alignment, manifold, index, conversions):
     layer = Case(structure, (33, 67), manifold, "bfloat16", row_alignment).layer
     packed = pack(layer, index).validate("full")
     assert packed.index == index
@@ -44,7 +53,7 @@ def test_every_structure_comes_back(structure, row_alignment, manifold, index):
 
 @pytest.mark.parametrize("index", PACKED)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (1, 1), (2, 64), (2, 65), (3, 63)], ids=str)
-def test_edge_sizes_come_back(shape, index):
+def test_edge_sizes_come_back(shape, index, conversions):
     layer = Case("full", shape).layer
     packed = pack(layer, index).validate("full")
     assert_same_bits(unpack(packed), layer)
@@ -52,18 +61,26 @@ def test_edge_sizes_come_back(shape, index):
 
 
 @pytest.mark.parametrize("index", PACKED)
-@pytest.mark.parametrize("chunk", [1, 300, 1 << 22])
+@pytest.mark.parametrize("chunk", [1, 300, 1 << 22, None])
 def test_fillers_come_back_in_chunks_of_any_size(index, chunk, monkeypatch):
-    monkeypatch.setattr(_index, "_CHUNK_ENTRIES", chunk)
+    if chunk:
+        monkeypatch.setattr(_native, "load", lambda: None)
+        monkeypatch.setattr(_index, "_CHUNK_ENTRIES", chunk)
     w = gaps_matrix()[:, :2000]
     layer = jax.tree.map(np.asarray, MdCSR.from_dense(w, manifold="prime", row_alignment=2))
     packed = pack(layer, index).validate("full")
     assert_same_bits(unpack(packed), layer)
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_random_layers_come_back(seed):
-    rng = np.random.default_rng(seed)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_random_layers_come_back(seed, compiled):
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(_native, "load", lambda: None)
+        check_random_layers(np.random.default_rng(seed))
+
+
+def check_random_layers(rng):
     shape = rng.integers(0, 20), rng.integers(0, 700)
     w = (rng.standard_normal(shape) * (rng.random(shape) < rng.choice([0.002, 0.1, 0.9]))).astype(np.float32)
     alignment = int(rng.choice([1, 2, 16]))
@@ -99,8 +116,9 @@ def test_dense_rows_can_be_viewed_as_a_matrix():
 
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
 @pytest.mark.parametrize("index", PACKED)
-def test_encoding_into_a_form_equals_packing_into_it(index, manifold):
-    w = np.random.default_rng(0).standard_normal((33, 670)).astype(np.float32)
+@pytest.mark.parametrize("shape", [(33, 670), (3, 670), (2, 5)], ids=str)
+def test_encoding_into_a_form_equals_packing_into_it(shape, index, manifold):
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     options = {"density": 0.1, "manifold": manifold, "row_alignment": 4}
     layer = MdCSR.from_dense(w, **options, index=index)
     assert_same_bits(layer, pack(MdCSR.from_dense(w, **options), index))
@@ -120,7 +138,7 @@ def test_a_mask_shares_every_other_plane():
 
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
 @pytest.mark.parametrize("index", PACKED)
-def test_stacks_come_back_and_equal_the_stack_of_packed_layers(index, manifold):
+def test_stacks_come_back_and_equal_the_stack_of_packed_layers(index, manifold, conversions):
     parts = [Case(kind, (33, 67), manifold).layer for kind in ("random", "full", "zero")]
     for tail in (0, 5):
         stacked = stack(parts)
@@ -183,7 +201,7 @@ def broken(**planes) -> MdCSR:
 
 
 @pytest.mark.parametrize("index", PACKED)
-def test_two_entries_on_one_column_are_refused(index):
+def test_two_entries_on_one_column_are_refused(index, conversions):
     layer = broken(delta_indices=np.array([3, 255, 0, 0, 0, 0], np.uint8))
     with pytest.raises(
         FormatError, match="pack: row 0: each column must have one entry; two share column 258"
@@ -195,7 +213,7 @@ def test_two_entries_on_one_column_are_refused(index):
         pack(stack([broken(row_pointers=np.array([0, 3, 3], np.uint32)), layer]), index)
 
 
-def test_a_tail_that_is_not_zero_is_refused():
+def test_a_tail_that_is_not_zero_is_refused(conversions):
     layer = broken(row_pointers=np.array([0, 3, 3], np.uint32))
     deltas = dataclasses.replace(layer, delta_indices=np.array([3, 255, 1, 0, 0, 9], np.uint8))
     with pytest.raises(FormatError, match="delta_indices must be zero past the last row"):
@@ -207,14 +225,14 @@ def test_a_tail_that_is_not_zero_is_refused():
         pack(values, "dense")
 
 
-def test_padding_beyond_the_alignment_comes_back_from_a_mask_and_is_refused_for_dense_rows():
+def test_padding_beyond_the_alignment_comes_back_from_a_mask_and_is_refused_for_dense_rows(conversions):
     layer = broken()
     assert_same_bits(unpack(pack(layer, "mask")), layer)
     with pytest.raises(FormatError, match="as the encoder makes them"):
         pack(layer, "dense")
 
 
-def test_what_a_layer_in_delta8_cannot_hold_is_refused_on_the_way_back():
+def test_what_a_layer_in_delta8_cannot_hold_is_refused_on_the_way_back(conversions):
     mask = pack(MdCSR.from_dense(np.ones((2, 300), np.float32)), "mask")
     far = np.zeros((2, 40), np.uint8)
     far[1, 37] = 1

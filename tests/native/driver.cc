@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "conversion.h"
 #include "dispatch.h"
 #include "execution.h"
 #include "half.h"
@@ -301,6 +302,43 @@ void check_outside(const Planes& p, const std::string& what) {
   expect(upg::kernels().first_row_outside(p.layer()) == expected, what + ": first row outside");
 }
 
+// Packs and unpacks; `valid` planes come back as they were.
+void check_conversions(const Planes& p, size_t alignment, bool valid, const std::string& what) {
+  const size_t rows = p.scales.size(), stride = (p.columns + alignment - 1) / alignment * alignment;
+  Planes mask = p, back = p;
+  mask.index = Index::kMask;
+  mask.deltas.assign(rows * p.row_bytes(), 0);
+  back.deltas.assign(p.deltas.size(), 0);
+  const bool packed = upg::mask_from_deltas(p.layer(), mask.deltas.data()) == rows;
+  if (packed) {
+    expect(upg::first_bad_mask_row(mask.layer()) == rows, what + ": check of a mask");
+    expect(upg::deltas_from_mask(mask.layer(), back.deltas.data()) == rows && back.deltas == p.deltas, what + ": unpack");
+  }
+  if (valid) expect(packed && mask.deltas == as_mask(p).deltas, what + ": pack");
+  std::vector<std::int8_t> values(rows * stride);
+  std::vector<std::uint16_t> primes(rows * stride);
+  const Layer layer = p.layer();
+  const bool spread = upg::dense_from_deltas(layer, stride, alignment, values.data(), primes.data()) == rows;
+  if (!spread) return;
+  const Layer dense = {values.data(),          nullptr, p.prime ? primes.data() : nullptr, nullptr,
+                       p.row_pointers.data(), rows,    p.columns,                          values.size(),
+                       Index::kDense};
+  std::vector<std::uint32_t> lengths(rows);
+  upg::row_lengths_of_dense(dense, stride, alignment, lengths.data());
+  for (size_t row = 0; row < rows; ++row) {
+    expect(lengths[row] == p.row_pointers[row + 1] - p.row_pointers[row], what + ": lengths of rows");
+  }
+  back.values.assign(p.values.size(), 0);
+  back.deltas.assign(p.deltas.size(), 0);
+  back.primes.assign(p.primes.size(), 0);
+  upg::deltas_from_dense(dense, stride, p.row_pointers.data(), back.values.data(), back.deltas.data(),
+                         back.primes.data());
+  const size_t used = p.row_pointers[rows];  // no row owns the tail
+  const auto same = [&](const auto& a, const auto& b) { return std::equal(a.begin(), a.begin() + used, b.begin()); };
+  expect(same(back.values, p.values) && same(back.deltas, p.deltas) && (!p.prime || same(back.primes, p.primes)),
+         what + ": dense rows back");
+}
+
 void check_halves() {
   for (std::uint32_t h = 0; h < 65536; h += 8) {
     std::uint16_t in[8];
@@ -318,7 +356,7 @@ void check_halves() {
 
 int main() {
   const size_t shapes[][2] = {{1, 1}, {1, 3}, {3, 1}, {33, 67}, {67, 33}, {20, 700}, {130, 300}};
-  const size_t counts[] = {1, 2, 3, 4, 15, 16, 17, 33, 63, 64, 65, 130};
+  const size_t counts[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 130};
   size_t checks = 0;
   for (const upg::Kernels* kernels : upg::usable_kernels()) {
     upg::choose_kernels(kernels->name);
@@ -330,6 +368,7 @@ int main() {
           for (const size_t alignment : {size_t{1}, size_t{8}}) {
             const Planes deltas = random_planes(shape[0], shape[1], density, alignment, prime);
             check_outside(deltas, name);
+            check_conversions(deltas, alignment, true, name);
             const Dense dense = plain_decode(deltas);
             for (const Planes& p : {deltas, as_mask(deltas), as_dense(deltas, alignment)}) {
               const std::string what = name + " index " + std::to_string(static_cast<int>(p.index)) + ", " +
@@ -354,6 +393,11 @@ int main() {
         const Dense dense = plain_decode(valid);
         check_decode(valid, dense, name + " garbage");
         if (index == Index::kDelta8) check_outside(valid, name + " garbage");
+        if (index == Index::kDelta8) check_conversions(valid, 1, false, name + " garbage");
+        if (index == Index::kMask) {
+          std::vector<std::uint8_t> deltas(valid.values.size());
+          upg::deltas_from_mask(valid.layer(), deltas.data());
+        }
         check_products(valid, dense, 1 + below(20), Element::kFloat32, name + " garbage");
         const Planes broken = garbage(1 + below(9), 1 + below(900), below(300), false, prime, index);
         const size_t vectors = 1 + below(20);

@@ -13,8 +13,8 @@ from oracle.mdcsr import decode_layer
 
 from upg_jax import MdCSR, sparse_dense, stack
 
-# Below and above every change of algorithm: single vectors, units of 16, slabs of 64, 32 slabs at once.
-COUNTS = (1, 2, 3, 4, 15, 16, 17, 48, 64, 65, 129)
+# Below and above every change of algorithm: single vectors (3; 8 of whole rows), units of 16, slabs of 64, 32 at once.
+COUNTS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 48, 64, 65, 129)
 # Rows of up to 7, 8 and 16 entries, more than a window of 64 columns, more than a block.
 SHAPES = ((1, 1), (3, 7), (7, 3), (33, 67), (40, 513))
 

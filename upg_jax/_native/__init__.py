@@ -15,15 +15,15 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from upg_jax._native._conversion import INDEX_NUMBERS, SIGNATURES, Conversions
 
 SPARSE_DENSE = "upg_jax.sparse_dense.v2"
 DENSE_SPARSE = "upg_jax.dense_sparse.v2"
 DECODE = "upg_jax.decode.v2"
-
-# As in `src/layer.h`.
-INDEX_NUMBERS = {"delta8": 0, "mask": 1, "dense": 2}
 
 KERNELS_VARIABLE = "UPG_JAX_NATIVE_KERNELS"
 # Older ones have no `ffi::Future`, and register handlers that were built for newer ones without a word; the first
@@ -37,7 +37,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._c = ctypes.CDLL(str(path))
         size, text, pointer = ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p
-        signatures = {
+        signatures: dict[str, tuple[Any, list[Any]]] = {
             "upg_ffi_api_major": (ctypes.c_int, []),
             "upg_ffi_api_minor": (ctypes.c_int, []),
             "upg_handler_name": (text, [size]),
@@ -48,9 +48,15 @@ class Library:
             "upg_scratch_floats": (size, [ctypes.c_int, size, size, size, size, size, ctypes.c_int]),
             "upg_first_row_outside": (size, [pointer, pointer, size, size, size]),
         }
-        for name, (result, arguments) in signatures.items():
+        for name, (result, arguments) in (signatures | SIGNATURES).items():
             function = getattr(self._c, name)
             function.restype, function.argtypes = result, arguments
+
+    def conversions(
+        self, index: str, shape: tuple[int, int], row_pointers: np.ndarray, **planes: np.ndarray | None
+    ) -> Conversions:
+        """Conversions of the planes of one layer to another index."""
+        return Conversions(self._c, index, shape, row_pointers, **planes)
 
     @property
     def ffi_api(self) -> tuple[int, int]:

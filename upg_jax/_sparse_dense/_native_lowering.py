@@ -16,6 +16,7 @@ import numpy as np
 
 from upg_jax import _native
 from upg_jax._errors import BackendError
+from upg_jax._native._conversion import INDEX_NUMBERS
 from upg_jax._sparse_dense._primitive import Layout
 
 _ELEMENTS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -48,7 +49,7 @@ def lowering(
         if scratch_floats is not None:
             scratch = jax.core.ShapedArray((scratch_floats(library, ctx.avals_in, layout),), jnp.float32)
             results.append(scratch)
-        index = np.int32(_native.INDEX_NUMBERS[layout.index])
+        index = np.int32(INDEX_NUMBERS[layout.index])
         return jax.ffi.ffi_lowering(target)(ctx.replace(avals_out=results), *operands, index=index)[:1]
 
     return lower

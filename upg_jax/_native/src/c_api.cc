@@ -1,5 +1,6 @@
 #include "c_api.h"
 
+#include "conversion.h"
 #include "dispatch.h"
 #include "ffi_handlers.h"
 #include "plan.h"
@@ -17,6 +18,11 @@ constexpr Handler handlers[] = {
     {"upg_jax.dense_sparse.v2", upg_dense_sparse},
     {"upg_jax.decode.v2", upg_decode},
 };
+
+upg::Layer layer_of(const UpgPlanes* p) {
+  return {p->values, p->deltas,  p->primes,   nullptr,                          p->row_pointers,
+          p->rows,   p->columns, p->capacity, static_cast<upg::Index>(p->index)};
+}
 
 }  // namespace
 
@@ -47,4 +53,18 @@ size_t upg_scratch_floats(int transposed, size_t groups, size_t vectors, size_t 
 size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers, size_t rows, size_t columns,
                              size_t capacity) {
   return upg::kernels().first_row_outside({nullptr, deltas, nullptr, nullptr, row_pointers, rows, columns, capacity});
+}
+
+size_t upg_first_bad_mask_row(const UpgPlanes* p) { return upg::first_bad_mask_row(layer_of(p)); }
+size_t upg_mask_from_deltas(const UpgPlanes* p, uint8_t* mask) { return upg::mask_from_deltas(layer_of(p), mask); }
+size_t upg_deltas_from_mask(const UpgPlanes* p, uint8_t* deltas) { return upg::deltas_from_mask(layer_of(p), deltas); }
+size_t upg_dense_from_deltas(const UpgPlanes* p, size_t stride, size_t alignment, int8_t* values, uint16_t* primes) {
+  return upg::dense_from_deltas(layer_of(p), stride, alignment, values, primes);
+}
+void upg_row_lengths_of_dense(const UpgPlanes* p, size_t stride, size_t alignment, uint32_t* lengths) {
+  upg::row_lengths_of_dense(layer_of(p), stride, alignment, lengths);
+}
+void upg_deltas_from_dense(const UpgPlanes* p, size_t stride, const uint32_t* row_pointers, int8_t* values,
+                           uint8_t* deltas, uint16_t* primes) {
+  upg::deltas_from_dense(layer_of(p), stride, row_pointers, values, deltas, primes);
 }

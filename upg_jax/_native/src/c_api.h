@@ -26,3 +26,24 @@ UPG_API size_t upg_scratch_floats(int transposed, size_t groups, size_t vectors,
 // The first row whose last column is not below `columns`, or `rows`. Row pointers may hold anything.
 UPG_API size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers, size_t rows, size_t columns,
                                      size_t capacity);
+
+// Conversions between the forms of an index; src/conversion.h says what each one does. `index` is the number of the form
+// that comes in; its planes and results that a call does not use may be null.
+struct UpgPlanes {
+  const int8_t* values;
+  const uint8_t* deltas;
+  const uint16_t* primes;
+  const uint32_t* row_pointers;
+  size_t rows;
+  size_t columns;
+  size_t capacity;
+  int32_t index;
+};
+UPG_API size_t upg_first_bad_mask_row(const UpgPlanes*);
+UPG_API size_t upg_mask_from_deltas(const UpgPlanes*, uint8_t* mask);
+UPG_API size_t upg_deltas_from_mask(const UpgPlanes*, uint8_t* deltas);
+UPG_API size_t upg_dense_from_deltas(const UpgPlanes*, size_t stride, size_t alignment, int8_t* values,
+                                     uint16_t* primes);
+UPG_API void upg_row_lengths_of_dense(const UpgPlanes*, size_t stride, size_t alignment, uint32_t* lengths);
+UPG_API void upg_deltas_from_dense(const UpgPlanes*, size_t stride, const uint32_t* row_pointers, int8_t* values,
+                                   uint8_t* deltas, uint16_t* primes);

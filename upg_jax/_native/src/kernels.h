@@ -21,18 +21,26 @@ struct Workspace {
 };
 
 constexpr size_t kSlabsAtOnce = Workspace::kRows;
+// Rows that the products of matrices take at a time.
+constexpr size_t kMatrixRows = 32;
 
 struct Kernels {
   const char* name;
 
   // y[r] = W[r] . x for `rows`. `x` has kVectorSlack floats behind it and is aligned to kAlignment.
   void (*product_with_vector)(const Layer&, const float* x, float* y, Range rows);
+  // y[v * rows + r] for `rows` and up to kSingleVectorsOfWholeRows vectors; the index is a mask, or dense, the manifold
+  // unit.
+  void (*product_with_vectors)(const Layer&, const float* x, size_t vectors, float* y, Range rows);
   // y[v * rows + r] for `rows` and the vectors of `slabs` (at most kSlabsAtOnce), from packed `x` (slabs.h).
   void (*product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
+  // The same for rows that are nearly full; their index is a mask, or dense, and their manifold is unit.
+  void (*matrix_product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
   // y += g[rows] @ W[rows] for one vector.
   void (*add_transposed_with_vector)(const Layer&, const float* g, float* y, Range rows);
   // The same for a slab of packed `g` into a packed slab of `y`, both `width` wide.
   void (*add_transposed)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
+  void (*add_transposed_matrix)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
   // The dense `rows` of `out`: float32(level) * scale.
   void (*decode)(const Layer&, float* out, Range rows);
   // The first row of [0, rows) whose last column is not below `columns`, or rows.

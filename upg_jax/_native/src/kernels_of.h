@@ -2,7 +2,9 @@
 #pragma once
 
 #include "dense.h"
+#include "matrix_product.h"
 #include "product.h"
+#include "several_vectors.h"
 #include "transposed.h"
 #include "vector_product.h"
 
@@ -14,9 +16,12 @@ constexpr Kernels kernels_of() {
   return {
       Isa::kName,
       product_with_vector<Isa>,
+      product_with_vectors<Isa>,
       product<Isa>,
+      matrix_product<Isa>,
       add_transposed_with_vector<Isa>,
       add_transposed<Isa>,
+      add_transposed_matrix<Isa>,
       decode<Isa>,
       first_row_outside<Isa>,
       to_float<Isa>,

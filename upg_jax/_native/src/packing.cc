@@ -11,13 +11,13 @@ size_t size_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 
 }  // namespace
 
-void pack(const Vectors& x, size_t group, size_t features, Range range, float* packed) {
+void pack(const Vectors& x, size_t group, size_t features, Range range, float* packed, size_t single) {
   const size_t size = size_of(x.element);
   const auto element = [&](size_t vector, size_t feature) {
     return static_cast<const char*>(x.data) + ((group * x.count + vector) * features + feature) * size;
   };
   const auto to_float = kernels().to_float;
-  if (x.count <= kSingleVectors) {
+  if (x.count <= single) {
     for (size_t v = 0; v < x.count; ++v) {
       float* out = packed + v * vector_stride(features) + range.begin;
       to_float(element(v, range.begin), x.element, out, range.end - range.begin);

@@ -41,6 +41,12 @@ double entry_cost(size_t vectors) {
   return 0.3 + 0.6 * static_cast<double>(round_up(vectors, kUnit) / kUnit);
 }
 
+// Whether multiplying zeros, too, is faster with many vectors: where few are left out. It depends on shapes only.
+bool is_matrix(const Layer& layer, size_t vectors) {
+  if (layer.index == Index::kDelta8 || layer.primes || vectors <= kSingleVectors) return false;
+  return 100 * layer.capacity > 45 * layer.rows * layer.columns;
+}
+
 class ProductPlan : public Plan {
  public:
   ProductPlan(const Stack& stack, const Vectors& x, float* y, float* scratch)
@@ -48,11 +54,15 @@ class ProductPlan : public Plan {
         x_(x),
         y_(y),
         packed_(aligned(scratch)),
-        packed_floats_(packed_floats(x.count, stack.first.columns)),
+        single_(single_vectors(stack.first)),
+        packed_floats_(packed_floats(x.count, stack.first.columns, single_)),
         chunks_(stack.first.columns, kItemFloats / x.count),
+        several_(x.count > 1 && x.count <= single_ && single_ > kSingleVectors),
+        matrix_(x.count > single_ && is_matrix(stack.first, x.count)),
+        tiles_(stack.first.rows, kMatrixRows),
         split_(stack.first, RowSplit::work(stack.first) / kItemEntries + 1),
         turns_((slab_count(x.count) + kSlabsAtOnce - 1) / kSlabsAtOnce) {
-    items_ = {stack.groups * chunks_.pieces(), stack.groups * split_.pieces() * turns_};
+    items_ = {stack.groups * chunks_.pieces(), stack.groups * pieces() * turns_};
     cost_ = static_cast<double>(stack.groups) * (static_cast<double>(RowSplit::work(stack.first)) * entry_cost(x.count) +
                                                  0.5 * static_cast<double>(packed_floats_));
   }
@@ -60,34 +70,42 @@ class ProductPlan : public Plan {
   void run(size_t phase, size_t item) const override {
     if (phase == 0) {
       const size_t group = item / chunks_.pieces();
-      pack(x_, group, stack_.first.columns, chunks_.piece(item % chunks_.pieces()), packed(group));
+      pack(x_, group, stack_.first.columns, chunks_.piece(item % chunks_.pieces()), packed(group),
+           single_);
       return;
     }
     const size_t turn = item % turns_;
-    const size_t piece = item / turns_ % split_.pieces();
-    const size_t group = item / turns_ / split_.pieces();
+    const size_t piece = item / turns_ % pieces();
+    const size_t group = item / turns_ / pieces();
     const Layer layer = stack_.of_group(group);
-    const Range rows = split_.rows(layer, piece);
+    const Range rows = matrix_ || several_ ? tiles_.piece(piece) : split_.rows(layer, piece);
     float* const y = y_ + group * x_.count * layer.rows;
-    if (x_.count <= kSingleVectors) {
+    if (several_) return kernels().product_with_vectors(layer, packed(group), x_.count, y, rows);
+    if (x_.count <= single_) {
       for (size_t v = 0; v < x_.count; ++v) {
         kernels().product_with_vector(layer, packed(group) + v * vector_stride(layer.columns), y + v * layer.rows, rows);
       }
       return;
     }
     const Range slabs = {turn * kSlabsAtOnce, std::min(slab_count(x_.count), (turn + 1) * kSlabsAtOnce)};
-    kernels().product(layer, packed(group), x_.count, y, slabs, rows, workspace());
+    const auto multiply = matrix_ ? kernels().matrix_product : kernels().product;
+    multiply(layer, packed(group), x_.count, y, slabs, rows, workspace());
   }
 
  private:
   float* packed(size_t group) const { return packed_ + group * packed_floats_; }
+  size_t pieces() const { return matrix_ || several_ ? tiles_.pieces() : split_.pieces(); }
 
   Stack stack_;
   Vectors x_;
   float* y_;
   float* packed_;
+  size_t single_;
   size_t packed_floats_;
   Chunks chunks_;
+  bool several_;
+  bool matrix_;
+  Chunks tiles_;
   RowSplit split_;
   size_t turns_;
 };
@@ -153,7 +171,8 @@ class TransposedPlan : public Plan {
     const Slab out = slab_at(slab_index, g_.count, layer.columns);
     float* const y = sums(group, part) + out.offset;
     std::fill_n(y, out.width * layer.columns, 0.0f);
-    kernels().add_transposed(layer, packed(group) + in.offset, y, out.width, rows, workspace());
+    const auto add = is_matrix(layer, g_.count) ? kernels().add_transposed_matrix : kernels().add_transposed;
+    add(layer, packed(group) + in.offset, y, out.width, rows, workspace());
   }
 
   Stack stack_;
@@ -209,7 +228,10 @@ Layer Stack::of_group(size_t group) const {
 }
 
 size_t product_scratch(const Stack& stack, size_t vectors) {
-  return stack.groups * packed_floats(vectors, stack.first.columns) + kAlignment;
+  // Enough for either manifold.
+  const size_t columns = stack.first.columns;
+  return stack.groups * larger(packed_floats(vectors, columns, kSingleVectorsOfWholeRows), packed_floats(vectors, columns)) +
+         kAlignment;
 }
 
 size_t transposed_scratch(const Stack& stack, size_t vectors) {

@@ -23,53 +23,53 @@ class RowValues {
   // Long enough to keep expansion and products apart, which overlap then; short enough for the first-level cache.
   static constexpr size_t kWords = 16;
 
-  RowValues(const Layer& layer, size_t row) : layer_(layer), row_(row) {
+  RowValues() = default;
+  RowValues(const Layer& layer, size_t row) : layer_(&layer), row_(row) {
     const Range e = entries_of(layer, row);
     entry_ = e.begin;
     end_ = e.end;
   }
 
-  // The values of the next `words` words, at most kWords. They stay valid until the next call.
-  const std::int8_t* next(size_t words) {
-    if (layer_.index == Index::kDense) {
+  // The values of the next `words` words, in `buffer` or in the plane itself.
+  const std::int8_t* next(size_t words, std::int8_t* buffer) {
+    if (layer_->index == Index::kDense) {
       // What follows the last column is padding, whatever it holds.
-      const size_t left = smaller(layer_.columns - word_ * 64, end_ - entry_);
+      const size_t left = smaller(layer_->columns - word_ * 64, end_ - entry_);
       const size_t entry = entry_, count = smaller(words * 64, left);
       word_ += words;
       entry_ += count;
-      if (count == words * 64) return layer_.values + entry;
-      copy(entry, entry_, buffer_, words * 64);
-      return buffer_;
+      if (count == words * 64) return layer_->values + entry;
+      copy(entry, entry_, buffer, words * 64);
+      return buffer;
     }
     for (size_t w = 0; w < words; ++w) {
-      const std::uint64_t bits = mask_word(layer_, row_, word_ + w);
+      const std::uint64_t bits = mask_word(*layer_, row_, word_ + w);
       const size_t count = count_bits(bits);
-      if (!UPG_UNLIKELY(entry_ + 64 > layer_.capacity || entry_ + count > end_)) {
-        Isa::expand(bits, layer_.values + entry_, buffer_ + 64 * w);
+      if (!UPG_UNLIKELY(entry_ + 64 > layer_->capacity || entry_ + count > end_)) {
+        Isa::expand(bits, layer_->values + entry_, buffer + 64 * w);
       } else {
         std::int8_t last[64];
         copy(entry_, smaller(end_, entry_ + 64), last, 64);
-        Isa::expand(bits, last, buffer_ + 64 * w);
+        Isa::expand(bits, last, buffer + 64 * w);
       }
       entry_ = smaller(end_, entry_ + count);
     }
     word_ += words;
-    return buffer_;
+    return buffer;
   }
 
  private:
   // Values [begin, end), then zeros.
   void copy(size_t begin, size_t end, std::int8_t* out, size_t length) const {
-    if (begin < end) __builtin_memcpy(out, layer_.values + begin, end - begin);
+    if (begin < end) __builtin_memcpy(out, layer_->values + begin, end - begin);
     __builtin_memset(out + (end - begin), 0, length - (end - begin));
   }
 
-  const Layer& layer_;
-  size_t row_;
+  const Layer* layer_ = nullptr;
+  size_t row_ = 0;
   size_t word_ = 0;
-  size_t entry_;
-  size_t end_;
-  alignas(64) std::int8_t buffer_[64 * kWords];
+  size_t entry_ = 0;
+  size_t end_ = 0;
 };
 
 template <class Isa>
@@ -190,10 +190,11 @@ inline void for_row_entries(const Layer& layer, size_t row, Use use) {
 template <class Isa, class Use>
 inline void for_row_values(const Layer& layer, size_t row, Use use) {
   RowValues<Isa> values(layer, row);
+  alignas(64) std::int8_t buffer[64 * RowValues<Isa>::kWords];
   const size_t words = words_of(layer);
   for (size_t word = 0; word < words; word += RowValues<Isa>::kWords) {
     const size_t n = smaller(RowValues<Isa>::kWords, words - word);
-    use(word * 64, values.next(n), smaller(n * 64, layer.columns - word * 64));
+    use(word * 64, values.next(n, buffer), smaller(n * 64, layer.columns - word * 64));
   }
 }
 

@@ -92,6 +92,8 @@ struct Avx2 {
   using Wide = __m256;
   static constexpr size_t kLanes = 8;
   static constexpr size_t kUnits = 4;
+  static constexpr size_t kBlockRows = 4;
+  static constexpr size_t kBlockUnits = 1;
   static Wide wide_zero() { return zero(); }
   static Wide wide_load(const float* p) { return load(p); }
   static void wide_store(float* p, Wide v) { store(p, v); }

@@ -44,6 +44,8 @@ struct Avx512 : Avx2 {
   using Wide = __m512;
   static constexpr size_t kLanes = 16;
   static constexpr size_t kUnits = 4;
+  static constexpr size_t kBlockRows = 8;
+  static constexpr size_t kBlockUnits = 2;
   static Wide wide_zero() { return _mm512_setzero_ps(); }
   static Wide wide_load(const float* p) { return _mm512_loadu_ps(p); }
   static void wide_store(float* p, Wide v) { _mm512_storeu_ps(p, v); }

@@ -88,6 +88,8 @@ struct Neon {
   using Wide = float32x4_t;
   static constexpr size_t kLanes = 4;
   static constexpr size_t kUnits = 4;
+  static constexpr size_t kBlockRows = 4;
+  static constexpr size_t kBlockUnits = 1;
   static Wide wide_zero() { return vdupq_n_f32(0); }
   static Wide wide_load(const float* p) { return vld1q_f32(p); }
   static void wide_store(float* p, Wide v) { vst1q_f32(p, v); }

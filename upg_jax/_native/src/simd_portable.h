@@ -1,7 +1,8 @@
 // The vector operations of the kernels in portable C++, and the list of what an instruction set must provide.
 //
 // `Eight` is eight floats: the kernels that follow the deltas take entries eight at a time. `Wide` is the widest
-// register: the kernels that meet a slab of vectors hold `kUnits * kUnit` floats in registers.
+// register: the kernels that meet a slab of vectors hold `kUnits * kUnit` floats in registers, and those of matrices
+// `kBlockUnits * kUnit` floats of each of `kBlockRows` rows.
 #pragma once
 
 #include "half.h"
@@ -101,6 +102,8 @@ struct Portable {
   using Wide = float __attribute__((vector_size(16)));
   static constexpr size_t kLanes = 4;
   static constexpr size_t kUnits = 2;
+  static constexpr size_t kBlockRows = 2;
+  static constexpr size_t kBlockUnits = 1;
   static Wide wide_zero() { return Wide{}; }
   static Wide wide_load(const float* p) {
     Wide v;

@@ -1,8 +1,8 @@
 // How several vectors lie in scratch memory: `features` runs of `width` floats, one float per vector.
 //
 // Vectors are padded with zeros to a multiple of 16 and cut into slabs of at most 64, so that one entry of a row meets
-// 16 to 64 vectors in consecutive memory. Up to `kSingleVectors` vectors lie one after the other instead: gathering
-// for each costs less than padding them to 16. The layout depends on shapes only, never on the instruction set: the
+// 16 to 64 vectors in consecutive memory. A few vectors lie one after the other instead: taking them one by one costs
+// less than padding them to 16. The layout depends on shapes only, never on the instruction set: the
 // size of the scratch memory is part of the compiled program.
 #pragma once
 
@@ -12,15 +12,21 @@ namespace upg {
 
 constexpr size_t kUnit = 16;
 constexpr size_t kSlab = 64;
+// Up to how many vectors are single where rows are gathered, and where rows are read whole.
 constexpr size_t kSingleVectors = 3;
+constexpr size_t kSingleVectorsOfWholeRows = 8;
 // A vector is followed by this many floats, which wide loads may touch and nothing depends on.
 constexpr size_t kVectorSlack = 128;
 constexpr size_t kAlignment = 64;
 
 static inline size_t vector_stride(size_t features) { return round_up(features, kUnit) + kVectorSlack; }
 
-static inline size_t packed_floats(size_t vectors, size_t features) {
-  return vectors <= kSingleVectors ? vectors * vector_stride(features) : round_up(vectors, kUnit) * features;
+static inline size_t single_vectors(const Layer& layer) {
+  return layer.index == Index::kDelta8 || layer.primes ? kSingleVectors : kSingleVectorsOfWholeRows;
+}
+
+static inline size_t packed_floats(size_t vectors, size_t features, size_t single = kSingleVectors) {
+  return vectors <= single ? vectors * vector_stride(features) : round_up(vectors, kUnit) * features;
 }
 
 struct Slab {

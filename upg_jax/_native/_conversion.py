@@ -1,0 +1,121 @@
+"""Calls of the compiled conversions between the forms of an index; `src/conversion.h` says what each one does."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+# As in `src/layer.h`.
+INDEX_NUMBERS = {"delta8": 0, "mask": 1, "dense": 2}
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+
+
+class _Planes(ctypes.Structure):
+    _fields_ = (
+        ("values", _POINTER),
+        ("deltas", _POINTER),
+        ("primes", _POINTER),
+        ("row_pointers", _POINTER),
+        ("rows", _SIZE),
+        ("columns", _SIZE),
+        ("capacity", _SIZE),
+        ("index", ctypes.c_int32),
+    )
+
+
+SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "upg_first_bad_mask_row": (_SIZE, [_POINTER]),
+    "upg_mask_from_deltas": (_SIZE, [_POINTER, _POINTER]),
+    "upg_deltas_from_mask": (_SIZE, [_POINTER, _POINTER]),
+    "upg_dense_from_deltas": (_SIZE, [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]),
+    "upg_row_lengths_of_dense": (None, [_POINTER, _SIZE, _SIZE, _POINTER]),
+    "upg_deltas_from_dense": (None, [_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER]),
+}
+
+
+class Conversions:
+    """Conversions of one layer's planes.
+
+    Planes are contiguous NumPy arrays of the format's dtypes that pass the structural check; None where a conversion
+    does not read one. Results go to arrays of zeros. Row numbers that are returned mean the first row that a conversion
+    is impossible for, None that there is none.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        index: str,
+        shape: tuple[int, int],
+        row_pointers: np.ndarray,
+        values: np.ndarray | None = None,
+        deltas: np.ndarray | None = None,
+        primes: np.ndarray | None = None,
+    ) -> None:
+        planes = (values, deltas, primes, row_pointers)
+        for plane, dtype in zip(planes, (np.int8, np.uint8, np.uint16, np.uint32), strict=True):
+            if plane is not None and plane.dtype != dtype:
+                raise TypeError(
+                    f"conversions: planes must have the format's dtypes; got {plane.dtype} for {dtype}"
+                )
+        self._arrays = [None if plane is None else np.ascontiguousarray(plane) for plane in planes]
+        pointers = [None if plane is None else plane.ctypes.data for plane in self._arrays]
+        # Row pointers of a mask's check are held against nothing but themselves.
+        capacity = int(row_pointers[-1]) if values is None else values.size
+        self._c = library
+        self._rows = shape[0]
+        self._planes = _Planes(*pointers, *shape, capacity, INDEX_NUMBERS[index])
+
+    def _row(self, row: int) -> int | None:
+        return None if row == self._rows else row
+
+    def first_bad_mask_row(self) -> int | None:
+        """The first row with a bit outside the matrix or more bits than entries."""
+        return self._row(self._c.upg_first_bad_mask_row(ctypes.byref(self._planes)))
+
+    def mask_from_deltas(self, mask: np.ndarray) -> int | None:
+        """Writes the mask of a layer with deltas."""
+        return self._row(self._c.upg_mask_from_deltas(ctypes.byref(self._planes), mask.ctypes.data))
+
+    def deltas_from_mask(self, deltas: np.ndarray) -> int | None:
+        """Writes the deltas of a mask."""
+        return self._row(self._c.upg_deltas_from_mask(ctypes.byref(self._planes), deltas.ctypes.data))
+
+    def dense_from_deltas(
+        self, stride: int, row_alignment: int, values: np.ndarray, primes: np.ndarray | None
+    ) -> int | None:
+        """Writes rows of `stride` entries of a layer with deltas."""
+        to = None if primes is None else primes.ctypes.data
+        return self._row(
+            self._c.upg_dense_from_deltas(
+                ctypes.byref(self._planes), stride, row_alignment, values.ctypes.data, to
+            )
+        )
+
+    def row_lengths_of_dense(self, stride: int, row_alignment: int) -> np.ndarray:
+        """How many entries each row has with deltas, uint32."""
+        lengths = np.empty(self._rows, np.uint32)
+        self._c.upg_row_lengths_of_dense(
+            ctypes.byref(self._planes), stride, row_alignment, lengths.ctypes.data
+        )
+        return lengths
+
+    def deltas_from_dense(
+        self,
+        stride: int,
+        row_pointers: np.ndarray,
+        values: np.ndarray,
+        deltas: np.ndarray,
+        primes: np.ndarray | None,
+    ) -> None:
+        """Writes the entries of rows that are dense, where `row_pointers` say."""
+        to = None if primes is None else primes.ctypes.data
+        self._c.upg_deltas_from_dense(
+            ctypes.byref(self._planes),
+            stride,
+            row_pointers.ctypes.data,
+            values.ctypes.data,
+            deltas.ctypes.data,
+            to,
+        )
