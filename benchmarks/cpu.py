@@ -163,9 +163,11 @@ def imports(run: Run) -> Iterator[dict[str, Any]]:
         command = [sys.executable, *arguments]
         return lambda: subprocess.run(command, check=True, capture_output=True, env=environment)
 
+    jax_itself = "import jax, jax.numpy, jax.extend.core, jax.interpreters.mlir"
     calls = {
-        "import jax": start("-c", "import jax, jax.numpy, jax.extend.core, jax.interpreters.mlir"),
-        "import upg_jax": start("-c", "import upg_jax; upg_jax.sparse_dense, upg_jax.MdCSR"),
+        "import jax": start("-c", jax_itself),
+        "import jax, upg_jax": start("-c", f"{jax_itself}, upg_jax"),
+        "import jax, upg_jax and use it": start("-c", f"{jax_itself}, upg_jax; upg_jax.sparse_dense"),
         "upg-jax --help": start("-m", "upg_jax.cli", "--help"),
     }
     yield run.row("imports", {}, Contenders(calls=calls))
