@@ -21,6 +21,7 @@ T = TypeVar("T")
 # Copies of a matrix that are used in turn add up to at least this, several times the cache: a model reads each of its
 # matrices once a token, too.
 COLD_BYTES = 128 << 20
+MOST_COPIES = 64  # of a tiny matrix, which then comes from a cache
 # Programs multiply by this many matrices of a small shape, one after the other, as a model does.
 CHAIN = 64
 
@@ -92,7 +93,7 @@ class Matrix:
         """
         self._used.add(key)
         if key not in self._forms:
-            count = max(1, -(-COLD_BYTES // max(nbytes, 1)))
+            count = min(max(1, -(-COLD_BYTES // max(nbytes, 1))), MOST_COPIES)
             made = [] if first is None else [first]
             self._forms[key] = made + [make() for _ in range(count - len(made))]
         return itertools.cycle(self._forms[key])

@@ -25,7 +25,7 @@ def environment(**more: Any) -> dict[str, Any]:
     return {
         "topic": "environment",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         **collect(),
         "peers": {name: version for name in PEERS if (version := _version(name))},
         "flags": sorted(flag for flag in _cpu_flags() if flag.startswith(_FLAGS)),

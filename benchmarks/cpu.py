@@ -13,7 +13,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ class Run:
     """What the topics are asked for: `quick` or all of it, and how long a contender may take."""
 
     quick: bool
-    shapes: tuple[tuple[int, int], ...]
+    shapes: Sequence[tuple[int, int]]
+    densities: Sequence[float]
+    batches: Sequence[int]
     repeats: int
     budget: float
 
@@ -50,10 +52,9 @@ class Run:
 
 def product(run: Run) -> Iterator[dict[str, Any]]:
     """`sparse_dense` and the peers: shapes x densities x batches."""
-    densities = DENSITIES[:2] if run.quick else DENSITIES
-    for (rows, columns), density in itertools.product(run.shapes, densities):
+    for (rows, columns), density in itertools.product(run.shapes, run.densities):
         matrix = Matrix(rows, columns, density)
-        for batch in (1, 16, 64) if run.quick else BATCHES:
+        for batch in run.batches:
             yield run.row("product", matrix.case(batch), contenders(matrix, batch))
             matrix.forget()
 
@@ -162,9 +163,11 @@ def imports(run: Run) -> Iterator[dict[str, Any]]:
         command = [sys.executable, *arguments]
         return lambda: subprocess.run(command, check=True, capture_output=True, env=environment)
 
+    jax_itself = "import jax, jax.numpy, jax.extend.core, jax.interpreters.mlir"
     calls = {
-        "import jax": start("-c", "import jax, jax.numpy, jax.extend.core, jax.interpreters.mlir"),
-        "import upg_jax": start("-c", "import upg_jax; upg_jax.sparse_dense, upg_jax.MdCSR"),
+        "import jax": start("-c", jax_itself),
+        "import jax, upg_jax": start("-c", f"{jax_itself}, upg_jax"),
+        "import jax, upg_jax and use it": start("-c", f"{jax_itself}, upg_jax; upg_jax.sparse_dense"),
         "upg-jax --help": start("-m", "upg_jax.cli", "--help"),
     }
     yield run.row("imports", {}, Contenders(calls=calls))
@@ -182,6 +185,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="run on so many cores; default: all")
     parser.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS))
     parser.add_argument("--shapes", nargs="+", help="of the products, such as 5120x5120")
+    parser.add_argument("--densities", nargs="+", type=float, help="of the products")
+    parser.add_argument("--batches", nargs="+", type=int, help="of the products")
     parser.add_argument("--repeats", type=int, default=21, help="timed calls of each contender")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds for each contender of a case")
     arguments = parser.parse_args()
@@ -192,10 +197,16 @@ def main() -> None:
     kernels = library.kernels if library else _native.unavailable_reason()
     writer = Writer(arguments.out)
     writer.write(environment(kernels=kernels, chain=CHAIN))
-    shapes = (LARGE[0], SMALL[0]) if arguments.quick else LARGE + SMALL
-    if arguments.shapes:
-        shapes = tuple(tuple(map(int, shape.split("x"))) for shape in arguments.shapes)
-    run = Run(arguments.quick, shapes, arguments.repeats, arguments.budget)
+    quick = arguments.quick
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
+    run = Run(
+        quick=quick,
+        shapes=shapes or ((LARGE[0], SMALL[0]) if quick else LARGE + SMALL),
+        densities=arguments.densities or (DENSITIES[:2] if quick else DENSITIES),
+        batches=arguments.batches or ((1, 16, 64) if quick else BATCHES),
+        repeats=arguments.repeats,
+        budget=arguments.budget,
+    )
     for topic in arguments.topics:
         writer.write({"topic": "bandwidth", "bytes per second": bandwidth()})
         for row in TOPICS[topic](run):

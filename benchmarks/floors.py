@@ -84,7 +84,7 @@ def _overhead(rows: list[Row]) -> Iterator[float | None]:
 
 def _imports(rows: list[Row]) -> Iterator[float | None]:
     for row in of_topic(rows, "imports"):
-        jax, upg = median(row, "import jax"), median(row, "import upg_jax")
+        jax, upg = median(row, "import jax"), median(row, "import jax, upg_jax")
         yield 1e3 * (upg - jax) if jax and upg else None
 
 
