@@ -180,10 +180,7 @@ def _check(
         raise KernelError(
             f"{kernel}: takes threadgroup memory {sorted(signature.threadgroup_memory())}; got {sorted(memory)}"
         )
-    if (
-        any(size <= 0 or size % 16 for size in memory.values())
-        or sum(memory.values()) > limit
-    ):
+    if any(size <= 0 or size % 16 for size in memory.values()) or sum(memory.values()) > limit:
         raise KernelError(
             f"{kernel}: threadgroup memory must be positive multiples of 16 bytes, at most {limit} "
             f"together; got {dict(memory)}"

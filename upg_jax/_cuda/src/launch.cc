@@ -186,21 +186,19 @@ class Current {
 
 using Numbers = ffi::Span<const std::int32_t>;
 
-// Launches `kernel` with pointers to `buffers` (operands, then results, by number; -1 is null), the struct `parameters`
-// by value, and `offsets` into shared memory. `grid` is threadgroups in x, y, z; where `resident` is not 0, at most so
-// many in x for each multiprocessor.
+// Launches `kernel` with pointers to `buffers` (operands, then results, by number), the struct `parameters` by value, and
+// where in shared memory each of its pieces begins; the last number of `shared_memory` is how much there is. `grid` is
+// threadgroups in x, y, z; where `resident` is not 0, at most so many in x for each multiprocessor.
 ffi::Error launch(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results, std::string_view kernel,
-                  Numbers buffers, Numbers parameters, Numbers offsets, Numbers grid, std::int32_t threads,
-                  std::int32_t shared_memory, std::int32_t resident) {
+                  Numbers buffers, Numbers parameters, Numbers shared_memory, Numbers grid, std::int32_t threads,
+                  std::int32_t resident) {
   const std::string what = "upg_jax: " + std::string(kernel) + ": ";
   if (!driver().problem.empty()) return ffi::Error(ffi::ErrorCode::kUnavailable, what + driver().problem);
-  if (grid.size() != 3) return ffi::Error::InvalidArgument(what + "a grid has three sizes");
+  if (grid.size() != 3 || shared_memory.size() == 0) return ffi::Error::InvalidArgument(what + "attributes are off");
   std::vector<void*> pointers;
   for (const std::int32_t i : buffers) {
     const auto n = static_cast<std::size_t>(i);
-    if (i < 0) {
-      pointers.push_back(nullptr);
-    } else if (n < operands.size()) {
+    if (n < operands.size()) {
       const auto operand = operands.get<ffi::AnyBuffer>(n);
       if (!operand.has_value()) return operand.error();
       pointers.push_back(operand->untyped_data());
@@ -211,7 +209,7 @@ ffi::Error launch(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets
     }
   }
   std::vector<std::int32_t> numbers(parameters.begin(), parameters.end());
-  std::vector<std::int32_t> places(offsets.begin(), offsets.end());
+  std::vector<std::int32_t> places(shared_memory.begin(), shared_memory.end() - 1);
   std::vector<void*> arguments;
   for (void*& pointer : pointers) arguments.push_back(&pointer);
   arguments.push_back(numbers.data());
@@ -226,7 +224,7 @@ ffi::Error launch(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets
     expect("cuLaunchKernel",
            driver().launch(found.function, static_cast<unsigned>(wide), static_cast<unsigned>(grid[1]),
                            static_cast<unsigned>(grid[2]), static_cast<unsigned>(threads), 1, 1,
-                           static_cast<unsigned>(shared_memory), stream, arguments.data(), nullptr));
+                           static_cast<unsigned>(*(shared_memory.end() - 1)), stream, arguments.data(), nullptr));
   } catch (const DriverError& error) {
     const char* text = nullptr;
     driver().get_error_string(error.code, &text);
@@ -247,10 +245,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_cuda_launch, launch,
                                   .Attr<std::string_view>("kernel")
                                   .Attr<Numbers>("buffers")
                                   .Attr<Numbers>("parameters")
-                                  .Attr<Numbers>("offsets")
+                                  .Attr<Numbers>("shared_memory")
                                   .Attr<Numbers>("grid")
                                   .Attr<std::int32_t>("threads")
-                                  .Attr<std::int32_t>("shared_memory")
                                   .Attr<std::int32_t>("resident"),
                               {ffi::Traits::kCmdBufferCompatible});
 
