@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 Algorithm: TypeAlias = Literal["auto", "sparse", "dense"]
 
 _ELEMENTS = ("float32", "bfloat16", "float16")
-# Vectors from which decoding to dense is faster, by entries per weight below which they hold (docs/nvidia.md).
-_DENSE_FROM = {"16-bit": ((0.15, 64), (0.35, 32), (math.inf, 16)), "32-bit": ((math.inf, 64),)}
-_TRANSPOSED_DENSE_FROM = 4
+# From how many vectors on decoding to dense is faster, for layers with fewer entries a weight than the first number
+# (measured: docs/nvidia.md). The kernel takes 16 vectors at a time.
+_DENSE_FROM = {
+    "16-bit": ((0.15, 49), (0.21, 33), (math.inf, 17)),
+    "32-bit": ((0.15, 97), (0.3, 33), (math.inf, 17)),
+}
+_TRANSPOSED_DENSE_FROM = 2
 _MAX_GROUPS = 65_535
 
 
