@@ -23,11 +23,12 @@ class Cuda:
         self("cuStreamCreate", ctypes.byref(self.stream), 1)
         name, parts = ctypes.create_string_buffer(100), []
         self("cuDeviceGetName", name, 100, device)
-        for attribute in (75, 76):  # compute capability
+        for attribute in (75, 76, 16):  # compute capability, multiprocessors
             value = ctypes.c_int()
             self("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
             parts.append(value.value)
         self.name, self.architecture = name.value.decode(), "sm_{}{}".format(*parts)
+        self.multiprocessors = parts[2]
 
     def __call__(self, function: str, *arguments: object) -> None:
         code = getattr(self.driver, function)(*arguments)
@@ -116,7 +117,7 @@ class Gpu:
             self.cuda("cuMemFree_v2", ctypes.c_void_p(address))
 
     def launcher(
-        self, name: str, host: str, buffers: dict, parameters: bytes, grid, threads: int, memory: int, macros
+        self, name: str, host: str, buffers: dict, parameters: bytes, grid, threads: int, memory, macros
     ):
         _, module, signatures = self.source(name, macros)
         function = ctypes.c_void_p()
@@ -127,7 +128,11 @@ class Gpu:
             else ctypes.c_void_p(buffers[i].value)
             for i in sorted(signatures[host].buffers())
         ]
-        held += [ctypes.c_uint(0)] * len(signatures[host].threadgroup_memory())
+        pieces = [memory] if isinstance(memory, int) else memory
+        held += [ctypes.c_uint(sum(pieces[:i])) for i in range(len(signatures[host].threadgroup_memory()))]
+        memory = sum(pieces)
+        if memory > 48 << 10:
+            self.cuda("cuFuncSetAttribute", function, 8, memory)
         pointers = (ctypes.c_void_p * len(held))(*[ctypes.addressof(h) for h in held])
 
         def launch() -> None:
@@ -139,12 +144,28 @@ class Gpu:
         return launch
 
     def product(self, name: str, layers: Layers, buffers: dict, dtype: str, vectors: int, groups: int,
-                bias: bool = False, threads: int = 128, macros: dict | None = None):  # fmt: skip
+                bias: bool = False, threads: int = 128, macros: dict | None = None,
+                per_multiprocessor: int = 2):  # fmt: skip
         """A launch of one of the products; buffers 0, 7 and 9 are x, index and y."""
         macros = macros or {}
         rows, columns = layers.shape
         constants = self.source(name, macros)[0]
         tile = min(columns, 8192)
+        if name == "sparse_matvec_stream":
+            at_once = constants["VECTORS"]
+            size = 4 if at_once == 1 or dtype == "float32" else 2
+            memory = [up(columns * at_once * size, 16) * 16, 40_000 if layers.manifold == "prime" else 16]
+            grid = (
+                min(self.cuda.multiprocessors * per_multiprocessor, up(rows, threads // 32)),
+                up(vectors, at_once),
+                groups,
+            )
+            parameters = metal_ops.Parameters(
+                rows=rows, columns=columns, capacity=layers.values.shape[1], layers=len(layers.values),
+                vectors=vectors, groups=groups, has_bias=int(bias),
+            )  # fmt: skip
+            host = f"{name}_{layers.manifold}_{dtype}"
+            return self.launcher(name, host, buffers, parameters.pack(), grid, threads, memory, macros)
         each = {"sparse_matvec": threads, "sparse_matvec_batch": threads // 32}.get(name)
         each = each or threads // 32 * constants["ROWS_PER_SIMDGROUP"]
         parameters = metal_ops.Parameters(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from metal_ops._apple import Device, Launch, Limits, Memory, Scratch, open_apple_device
 from metal_ops._check import Problem, check
+from metal_ops._cuda_kernels import compile_named, name_of
+from metal_ops._cuda_plans import levels_plan, stream_plan
 from metal_ops._emulator import Emulator, Program
 from metal_ops._errors import KernelError, MetalError, SourceError, UnavailableError
 from metal_ops._ffi import register_call
@@ -47,12 +49,16 @@ __all__ = [
     "check",
     "check_device",
     "compile_cuda",
+    "compile_named",
+    "levels_plan",
     "load_source",
+    "name_of",
     "nvrtc_version",
     "open_apple_device",
     "open_emulated_device",
     "plan",
     "prime_table",
     "register_call",
+    "stream_plan",
     "translate",
 ]

@@ -20,7 +20,6 @@ from metal_ops._translate import translate
 Buffer: TypeAlias = "tuple[int, int] | bytes | np.ndarray"
 
 _MAX_THREADS = 1024
-_MAX_THREADGROUP_MEMORY = 32 << 10
 # Kernels read planes by vector pointers; -fwrapv and signed characters are what GPUs have.
 _OPTIONS = ("-fno-strict-aliasing", "-fsigned-char", "-fwrapv", "-ffp-contract=off", "-pthread", "-w")
 
@@ -33,9 +32,10 @@ class Program:
     """
 
     def __init__(
-        self, signatures: Mapping[str, Signature], runner: Runner, *, reverse: bool, threads: int
+        self, signatures: Mapping[str, Signature], runner: Runner, *, reverse: bool, threads: int, memory: int
     ) -> None:
         self.signatures = signatures
+        self._memory = memory
         self._runner = runner
         self._reverse = reverse
         self._threads = threads
@@ -70,7 +70,7 @@ class Program:
             raise KernelError(f"{kernel}: no such kernel; this program has {', '.join(self.signatures)}")
         memory = dict(threadgroup_memory or {})
         places = {i: _place(kernel, signature, i, buffer) for i, buffer in buffers.items()}
-        _check(signature, places, memory, threadgroups, threads_per_threadgroup)
+        _check(signature, places, memory, threadgroups, threads_per_threadgroup, self._memory)
         if 0 in threadgroups:
             return
         launch = Launch(os_threads=self._threads, reverse=self._reverse)
@@ -95,6 +95,7 @@ class Emulator:
         order: order in which lanes, simdgroups and threadgroups run where nothing orders them. A correct kernel gives
             the same result in both.
         threads: processor threads that share the threadgroups of a dispatch.
+        threadgroup_memory: bytes that a threadgroup may have; Apple's GPUs have 32 KiB.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class Emulator:
         sanitize: str | None = None,
         order: Literal["forward", "reverse"] = "forward",
         threads: int | None = None,
+        threadgroup_memory: int = 32 << 10,
     ) -> None:
         if order not in ("forward", "reverse"):
             raise ValueError(f'Emulator: order is "forward" or "reverse"; got {order!r}')
         self._sanitize = sanitize
         self._reverse = order == "reverse"
         self._threads = 1 if threads is None else threads
+        self._memory = threadgroup_memory
 
     def compile(self, source: Source) -> Program:
         """Translates and compiles a source; a compiled one is kept in the user's cache (`METAL_OPS_CACHE`).
@@ -121,7 +124,9 @@ class Emulator:
             runner = _library(translation.emulator, source.name)
         else:
             runner = sanitized(translation, self._sanitize, _OPTIONS)
-        return Program(translation.signatures, runner, reverse=self._reverse, threads=self._threads)
+        return Program(
+            translation.signatures, runner, reverse=self._reverse, threads=self._threads, memory=self._memory
+        )
 
 
 def _library(code: str, name: str) -> Runner:
@@ -165,6 +170,7 @@ def _check(
     memory: Mapping[int, int],
     groups: Sequence[int],
     threads: Sequence[int],
+    limit: int,
 ) -> None:
     kernel = signature.name
     for index, argument in signature.buffers().items():
@@ -174,12 +180,9 @@ def _check(
         raise KernelError(
             f"{kernel}: takes threadgroup memory {sorted(signature.threadgroup_memory())}; got {sorted(memory)}"
         )
-    if (
-        any(size <= 0 or size % 16 for size in memory.values())
-        or sum(memory.values()) > _MAX_THREADGROUP_MEMORY
-    ):
+    if any(size <= 0 or size % 16 for size in memory.values()) or sum(memory.values()) > limit:
         raise KernelError(
-            f"{kernel}: threadgroup memory must be positive multiples of 16 bytes, at most {_MAX_THREADGROUP_MEMORY} "
+            f"{kernel}: threadgroup memory must be positive multiples of 16 bytes, at most {limit} "
             f"together; got {dict(memory)}"
         )
     if len(groups) != 3 or len(threads) != 3 or min(groups) < 0 or max(groups) >= 2**32 or min(threads) < 1:

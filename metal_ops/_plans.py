@@ -84,6 +84,8 @@ class Step:
         threadgroups: of the grid.
         threads: of a threadgroup.
         threadgroup_memory: bytes by index.
+        resident: where not 0, at most so many threadgroups along x for each of a GPU's multiprocessors; the kernel's
+            threadgroups stay and take rows in turn.
     """
 
     source: Source
@@ -92,6 +94,7 @@ class Step:
     threadgroups: tuple[int, int, int]
     threads: tuple[int, int, int]
     threadgroup_memory: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    resident: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,14 +55,14 @@ def test_an_old_jaxlib_is_not_given_the_handlers(load, monkeypatch):
 @pytest.mark.parametrize("change", [(0, -1), (1, 0)])
 def test_another_ffi_version_is_not_given_the_handlers_and_warns(load, change, library, monkeypatch):
     major, minor = library.ffi_api
-    monkeypatch.setattr(_native, "_running_ffi_api", lambda: (major + change[0], minor + change[1]))
+    monkeypatch.setattr(_native, "running_ffi_api", lambda: (major + change[0], minor + change[1]))
     with pytest.warns(UserWarning, match="built for XLA FFI"):
         assert "reinstall upg_jax" in load()
 
 
 def test_a_newer_minor_ffi_version_is_fine(load, library, monkeypatch):
     major, minor = library.ffi_api
-    monkeypatch.setattr(_native, "_running_ffi_api", lambda: (major, minor + 1))
+    monkeypatch.setattr(_native, "running_ffi_api", lambda: (major, minor + 1))
     assert isinstance(load(), _native.Library)
 
 

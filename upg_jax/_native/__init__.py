@@ -157,7 +157,7 @@ def _load() -> Library | str:
         library = Library(path)
     except OSError as error:
         return f"the compiled kernels do not load: {error}"
-    built, running = library.ffi_api, _running_ffi_api()
+    built, running = library.ffi_api, running_ffi_api()
     if running is None or built[0] != running[0] or built[1] > running[1]:
         reason = (
             f"the compiled kernels were built for XLA FFI {built[0]}.{built[1]}, and jaxlib {jaxlib} has "
@@ -172,7 +172,7 @@ def _load() -> Library | str:
     return library
 
 
-def _running_ffi_api() -> tuple[int, int] | None:
+def running_ffi_api() -> tuple[int, int] | None:
     """The FFI version of the running jaxlib, from the header it ships: it does not say so anywhere else."""
     import jax
 

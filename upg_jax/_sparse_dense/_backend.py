@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
-from upg_jax import _native
+from upg_jax import _cuda, _native
 from upg_jax._compat import TraceContext
 from upg_jax._errors import BackendError
 from upg_jax._sparse_dense import _metal_lowering
 
-Backend: TypeAlias = Literal["auto", "reference", "native", "metal", "emulator"]
+Backend: TypeAlias = Literal["auto", "reference", "native", "metal", "emulator", "cuda"]
 
 ENVIRONMENT_VARIABLE = "UPG_JAX_BACKEND"
 
@@ -28,8 +28,8 @@ BACKENDS: dict[str, Callable[[], str | None]] = {
     "native": _native.unavailable_reason,
     "metal": functools.partial(_metal_lowering.unavailable_reason, "metal"),
     "emulator": functools.partial(_metal_lowering.unavailable_reason, "emulator"),
+    "cuda": _cuda.no_gpu_reason,
 }
-_PLANNED = ("cuda",)
 
 _requested = TraceContext("")
 
@@ -42,9 +42,7 @@ def unavailable_reason(backend: str) -> str | None:
     """
     if backend in BACKENDS:
         return BACKENDS[backend]()
-    if backend in _PLANNED:
-        return "this version of upg_jax does not have it yet"
-    known = ", ".join(["auto", *BACKENDS, *_PLANNED])
+    known = ", ".join(["auto", *BACKENDS])
     raise BackendError(f"backend: must be one of {known}; got {backend!r}")
 
 
@@ -66,6 +64,10 @@ def choose_backend(platform: str) -> tuple[str, str]:
     if backend != "auto":
         origin = "use_backend" if _requested.value else f"the environment variable {ENVIRONMENT_VARIABLE}"
         return backend, f"forced by {origin}"
+    if platform in ("cuda", "gpu"):
+        if found := _cuda.unavailable_reason():
+            return "reference", f"{found}: pure JAX runs everywhere"
+        return "cuda", "NVRTC compiles the kernels when a GPU first needs them"
     if platform != "cpu":
         return "reference", f"no kernels for platform {platform!r} in this version: pure JAX runs everywhere"
     on_gpu = ""

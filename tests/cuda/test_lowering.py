@@ -1,0 +1,120 @@
+"""Programs for NVIDIA GPUs, made where there is none: what they call, with what, and that NVRTC compiles it."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+from helpers.layers import Case
+
+import metal_ops
+from upg_jax import BackendError, _cuda, pack, sparse_dense, stack, use_backend
+
+pytestmark = pytest.mark.skipif(
+    _cuda.unavailable_reason() is not None, reason=f"cuda: {_cuda.unavailable_reason()}"
+)
+UNIT, PRIME = Case("random", (33, 67)), Case("random", (33, 67), "prime")
+CHECKS = [jax.export.DisabledSafetyCheck.custom_call(_cuda.LAUNCH)]
+
+
+def program(f, *args) -> str:
+    return jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=CHECKS)(*args).mlir_module()
+
+
+def kernels(text: str) -> list[str]:
+    return re.findall(r'kernel = "([^"]+)"', text)
+
+
+@pytest.mark.parametrize("case", [UNIT, PRIME], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("batch", "vectors"), [((), 1), ((1,), 1), ((2, 1), 2), ((3,), 4), ((9,), 16)])
+def test_products_of_few_vectors_are_one_call(case, dtype, batch, vectors):
+    text = program(sparse_dense, jnp.ones((*batch, 67), dtype), case.layer)
+    (name,) = kernels(text)
+    file, macros, kernel = name.split("/")
+    assert file == "sparse_matvec_stream"
+    assert f"VECTORS={vectors}" in macros.split(",")
+    assert kernel == f"sparse_matvec_stream_{case.manifold}_{dtype}"
+    assert f"tensor<1x{case.layer.values.shape[0]}xi8>" in text
+
+
+def test_a_layer_of_a_stack_is_read_in_place():
+    layers = stack([UNIT.layer] * 3)
+    text = program(lambda x, s, i: sparse_dense(x, s, index=i), jnp.ones(67), layers, jnp.int32(1))
+    (call,) = [line for line in text.splitlines() if "custom_call" in line and _cuda.LAUNCH in line]
+    assert f"tensor<3x{layers.values.shape[1]}xi8>" in call
+    assert "dynamic_slice" not in text
+
+
+def test_a_vmapped_stack_is_one_call():
+    text = program(jax.vmap(sparse_dense, (None, 0)), jnp.ones((2, 67)), stack([PRIME.layer] * 3))
+    assert len(kernels(text)) == 1
+
+
+@pytest.mark.parametrize(("case", "dtype"), [(UNIT, "bfloat16"), (PRIME, "float32")])
+def test_many_vectors_multiply_dense_levels_that_are_exact(case, dtype):
+    text = program(sparse_dense, jnp.ones((512, 67), "bfloat16"), case.layer)
+    (name,) = kernels(text)
+    assert name.split("/")[2] == f"mdcsr_levels_{case.manifold}_{dtype}"
+    (product,) = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert product.count("f32" if dtype == "float32" else "bf16") >= 2
+    assert product.rstrip().split("->")[1].count("f32") == 1
+
+
+def test_gradients_and_decoding_have_kernels_of_their_own():
+    x = jnp.ones(67)
+    text = program(jax.grad(lambda x, layer: sparse_dense(x, layer).sum()), x, UNIT.layer)
+    assert next(k.split("/")[2] for k in kernels(text)) == "dense_sparse_unit_float32"
+    text = program(lambda layer: layer.to_dense(), PRIME.layer)
+    assert [k.split("/")[2] for k in kernels(text)] == ["mdcsr_decode_prime"]
+
+
+def test_columns_beyond_shared_memory_take_the_kernel_that_stages_nothing():
+    layer = Case("last_column", (3, 70_000)).layer
+    (name,) = kernels(program(sparse_dense, jnp.ones(70_000), layer))
+    assert name.split("/")[0] == "sparse_matvec_simd"
+
+
+@pytest.mark.parametrize("index", ["mask", "dense"])
+def test_packed_layers_run_the_reference(index):
+    assert kernels(program(sparse_dense, jnp.ones(67), pack(UNIT.layer, index))) == []
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (2, 0)])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (5, 5)])
+def test_empty_operands_launch_nothing(shape, batch):
+    layer = Case("zero", shape).layer
+    text = program(sparse_dense, jnp.ones((*batch, shape[1])), layer)
+    if 0 in (*batch, *shape) or layer.values.size == 0:
+        assert kernels(text) == []
+
+
+def test_without_a_gpu_the_backend_cannot_be_forced():
+    if _cuda.no_gpu_reason() is None:
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(BackendError, match="no NVIDIA GPU"), use_backend("cuda"):
+        pass
+
+
+@pytest.mark.parametrize("case", [UNIT, PRIME], ids=str)
+@pytest.mark.parametrize("vectors", [1, 16, 512])
+def test_nvrtc_compiles_what_the_programs_name(case, vectors, tmp_path, monkeypatch):
+    monkeypatch.setenv("METAL_OPS_CACHE", str(tmp_path))
+    (name,) = kernels(program(sparse_dense, jnp.ones((vectors, 67), "bfloat16"), case.layer))
+    cubin = metal_ops.compile_named(name, "sm_90")
+    assert cubin.startswith(b"\x7fELF")
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(b"from the cache")
+    assert metal_ops.compile_named(name, "sm_90") == b"from the cache"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nothing//nothing", "sparse_matvec_stream//nothing", "../../etc/passwd", "sparse_matvec_stream/A=1"],
+)
+def test_names_of_no_kernel_are_refused(name):
+    with pytest.raises((metal_ops.SourceError, ValueError)):
+        metal_ops.compile_named(name, "sm_90")

@@ -1,0 +1,72 @@
+"""On an NVIDIA GPU: `JAX_PLATFORMS=cuda,cpu python -m pytest tests/cuda`.
+
+The products, derivatives and transforms are tested there by
+`JAX_PLATFORMS=cuda,cpu UPG_JAX_BACKEND=cuda python -m pytest tests/sparse_dense`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.bounds import assert_within_bound
+from helpers.layers import Case
+
+from upg_jax import _cuda, sparse_dense, stack, use_backend
+
+pytestmark = pytest.mark.skipif(_cuda.no_gpu_reason() is not None, reason=f"cuda: {_cuda.no_gpu_reason()}")
+CHECKS = [jax.export.DisabledSafetyCheck.custom_call(_cuda.LAUNCH)]
+CASE = Case("random", (300, 1000), "prime")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+@pytest.mark.parametrize("batch", [1, 2, 5, 16, 40, 100])
+def test_products_are_within_the_bound(batch, manifold, dtype):
+    case = Case("random", (300, 1000), manifold)
+    x = jax.random.normal(jax.random.key(batch), (batch, 1000), dtype)
+    y = jax.jit(sparse_dense)(x, case.layer)
+    w = np.asarray(case.layer.to_dense(jnp.float32), np.float64)
+    assert_within_bound(y, lambda x, w: x @ w.T, x, w, terms=1002, dtype=dtype)
+
+
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+def test_decoded_weights_are_the_reference_s_bits(manifold):
+    layer = Case("random", (300, 1000), manifold).layer
+    with use_backend("reference"):
+        expected = layer.to_dense(jnp.float32)
+    np.testing.assert_array_equal(layer.to_dense(jnp.float32), expected)
+
+
+def test_donated_vectors_in_a_loop_over_layers():
+    layers = stack([Case("random", (67, 67), seed=i).layer for i in range(3)])
+
+    def step(x, i):
+        return jnp.tanh(sparse_dense(x, layers, index=i)), None
+
+    donating = jax.jit(lambda x: jax.lax.scan(step, x, jnp.arange(3))[0], donate_argnums=0)
+    x = jax.random.normal(jax.random.key(0), (67,))
+    with use_backend("reference"):
+        expected = jax.lax.scan(step, x, jnp.arange(3))[0]
+    np.testing.assert_allclose(donating(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_saved_program_runs_in_a_process_that_never_lowered_one(tmp_path):
+    x = jnp.linspace(-1, 1, 1000)
+    exported = jax.export.export(jax.jit(lambda x: sparse_dense(x, CASE.layer)), disabled_checks=CHECKS)(x)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    np.save(tmp_path / "y.npy", sparse_dense(x, CASE.layer))
+    code = """
+import sys, jax, numpy as np, upg_jax
+from pathlib import Path
+upg_jax.sparse_dense
+folder = Path(sys.argv[1])
+y = jax.export.deserialize((folder / "program").read_bytes()).call(jax.numpy.linspace(-1, 1, 1000))
+np.testing.assert_array_equal(y, np.load(folder / "y.npy"))
+"""
+    subprocess.run([sys.executable, "-c", "import jax.export\n" + code, str(tmp_path)], check=True)

@@ -1,0 +1,226 @@
+"""The lowering on platform "cuda": XLA custom calls that launch the kernels of `metal_ops` on XLA's stream.
+
+Everything a call needs is in its attributes, and scratch memory is one more result: a program can be saved, and XLA can
+capture it in a CUDA graph. Many vectors multiply a dense matrix of levels, on tensor cores where that is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from upg_jax import _cuda
+from upg_jax._compat import mlir
+from upg_jax._errors import BackendError
+from upg_jax._sparse_dense._primitive import Layout
+
+if TYPE_CHECKING:
+    import metal_ops
+
+Algorithm: TypeAlias = Literal["auto", "sparse", "dense"]
+
+_ELEMENTS = ("float32", "bfloat16", "float16")
+# From how many vectors on decoding to dense is faster, for layers with fewer entries a weight than the first number
+# (measured: docs/nvidia.md). The kernel takes 16 vectors at a time.
+_DENSE_FROM = {
+    "16-bit": ((0.15, 49), (0.21, 33), (math.inf, 17)),
+    "32-bit": ((0.15, 97), (0.3, 33), (math.inf, 17)),
+}
+_TRANSPOSED_DENSE_FROM = 2
+_MAX_GROUPS = 65_535
+
+
+def lowering(implementation: Callable[..., jax.Array], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the lowering rule of a primitive on NVIDIA GPUs.
+
+    Args:
+        implementation: one of this module's, of the primitive's operands and `layout`.
+        otherwise: the rule where the kernels are not wanted or do not fit.
+    """
+    lower_kernels = mlir.lower_fun(implementation, multiple_results=False)
+
+    def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
+        reason = _cuda.unavailable_reason() or _unfit(ctx.avals_in, layout)
+        if reason and backend == "cuda":
+            raise BackendError(f"backend 'cuda' cannot be used here: {reason}; use 'auto' or 'reference'")
+        if reason or backend not in ("auto", "cuda"):
+            return otherwise(ctx, *operands, layout=layout, backend=backend)
+        return lower_kernels(ctx, *operands, layout=layout)
+
+    return lower
+
+
+def sparse_dense(
+    x: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout,
+    algorithm: Algorithm = "auto",
+) -> jax.Array:  # fmt: skip
+    """`x @ W.T` in float32; operands as in `_primitive`."""
+    rows, columns = layout.shape
+    work = _work("product", x, index, scales, planes, layout, columns)
+    shape = (*x.shape[:-1], rows)
+    if 0 in (math.prod(shape), columns, work.layers, work.capacity):
+        return jnp.zeros(shape, jnp.float32)
+    flat = x.reshape(work.groups, work.vectors, columns)
+    if algorithm == "dense" or (algorithm == "auto" and _dense_is_faster(work)):
+        levels = _levels(work, _exact_dtype(x, layout), index, planes)
+        y = _multiply(flat.astype(levels.dtype), levels, 2) * _scales_of(scales, index)
+    else:
+        y = _call(_product_plan(work), {"x": flat, "scales": scales, "index": index}, planes, (rows,))
+    return y.reshape(shape)
+
+
+def dense_sparse(
+    g: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout,
+    algorithm: Algorithm = "auto",
+) -> jax.Array:  # fmt: skip
+    """`g @ W` in float32; operands as in `_primitive`."""
+    rows, columns = layout.shape
+    work = _work("transposed", g, index, scales, planes, layout, rows)
+    shape = (*g.shape[:-1], columns)
+    if 0 in (math.prod(shape), rows, work.layers, work.capacity):
+        return jnp.zeros(shape, jnp.float32)
+    flat = g.reshape(work.groups, work.vectors, rows)
+    few = work.vectors < _TRANSPOSED_DENSE_FROM or work.groups > work.layers
+    if algorithm == "dense" or (algorithm == "auto" and not few):
+        levels = _levels(work, jnp.dtype("float32"), index, planes)
+        y = _multiply(flat.astype(jnp.float32) * _scales_of(scales, index), levels, 1)
+    else:
+        y = _call(_common_plan(work), {"x": flat, "scales": scales, "index": index}, planes, (columns,))
+    return y.reshape(shape)
+
+
+def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
+    """`W` in float32, of every layer."""
+    rows, columns = layout.shape
+    index = jnp.arange(scales.shape[0], dtype=jnp.int32)
+    work = _work("decode", jnp.zeros((scales.shape[0], 0)), index, scales, planes, layout, 0)
+    if 0 in (rows, columns, work.layers, work.capacity):
+        return jnp.zeros((work.layers, rows, columns), jnp.float32)
+    return _call(_common_plan(work), {"scales": scales}, planes, (rows, columns))
+
+
+def _unfit(avals: Any, layout: Layout) -> str | None:
+    if layout.index != "delta8":
+        return f"index {layout.index!r} has no kernel for NVIDIA GPUs; upg_jax.unpack makes it 'delta8'"
+    if str(avals[0].dtype) not in _ELEMENTS:
+        return f"x is {avals[0].dtype}"
+    if not all(isinstance(n, int) for aval in avals for n in aval.shape):
+        return "shapes are symbolic"
+    if math.prod(avals[0].shape) >= 2**32:
+        return "x has 2**32 or more elements"
+    groups = (
+        avals[0].shape[0] if len(avals) < 6 and avals[1].dtype == jnp.uint32 else math.prod(avals[2].shape)
+    )
+    return "a grid has at most 65535 groups" if groups > _MAX_GROUPS else None
+
+
+def _work(
+    operation: Any, x: jax.Array, index: jax.Array, scales: jax.Array, planes: Sequence[jax.Array], layout: Layout,
+    features: int,
+) -> metal_ops.Work:  # fmt: skip
+    import metal_ops
+
+    return metal_ops.Work(
+        operation=operation,
+        rows=layout.shape[0],
+        columns=layout.shape[1],
+        capacity=planes[1].shape[-1],
+        layers=scales.shape[0],
+        groups=math.prod(index.shape),
+        vectors=math.prod(x.shape[index.ndim : -1]) if features else 1,
+        manifold=layout.manifold,
+        dtype=str(x.dtype),
+    )
+
+
+def _dense_is_faster(work: metal_ops.Work) -> bool:
+    # Groups that share a layer would decode it again.
+    if work.groups > work.layers:
+        return False
+    narrow = work.manifold == "unit" and work.dtype != "float32"
+    entries = work.capacity / (work.rows * work.columns)
+    table = _DENSE_FROM["16-bit" if narrow else "32-bit"]
+    return work.vectors >= next(vectors for below, vectors in table if entries < below)
+
+
+def _exact_dtype(x: jax.Array, layout: Layout) -> Any:
+    """What holds every level exactly: 8 bits on the unit manifold, 24 on the prime one."""
+    return x.dtype if layout.manifold == "unit" else jnp.dtype("float32")
+
+
+def _product_plan(work: metal_ops.Work) -> metal_ops.Plan:
+    import metal_ops
+
+    return metal_ops.stream_plan(work, _cuda.shared_memory()) or _common_plan(work)
+
+
+def _common_plan(work: metal_ops.Work) -> metal_ops.Plan:
+    import metal_ops
+
+    return metal_ops.plan(work, metal_ops.Limits(threads=1024, simd_width=32, threadgroup_memory=48 << 10))
+
+
+def _levels(work: metal_ops.Work, dtype: Any, index: jax.Array, planes: Sequence[jax.Array]) -> jax.Array:
+    """Dense levels `(groups, rows, columns)` of the layer of each group."""
+    import dataclasses
+
+    import metal_ops
+
+    plan = metal_ops.levels_plan(dataclasses.replace(work, operation="decode", dtype=str(dtype)))
+    return _call(plan, {"index": index}, planes, (work.rows, work.columns), dtype)
+
+
+def _multiply(x: jax.Array, levels: jax.Array, contracted: int) -> jax.Array:
+    """A product for each group, accumulated in float32."""
+    dimensions = (((2,), (contracted,)), ((0,), (0,)))
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(x, levels, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scales_of(scales: jax.Array, index: jax.Array) -> jax.Array:
+    chosen = jnp.clip(index.reshape(-1), 0, scales.shape[0] - 1)
+    return jnp.take(scales, chosen, axis=0)[:, None, :]
+
+
+def _call(
+    plan: metal_ops.Plan, given: dict[str, jax.Array], planes: Sequence[jax.Array], features: tuple[int, ...],
+    dtype: Any = jnp.float32,
+) -> jax.Array:  # fmt: skip
+    """Launches a plan's steps; the result is `(groups, [vectors,] *features)`."""
+    import metal_ops
+
+    work = plan.work
+    arrays = {
+        **given,
+        **dict(zip(("row_pointers", "values", "deltas", "prime_indices"), planes, strict=False)),
+    }
+    if work.manifold == "prime":
+        arrays["prime_table"] = jnp.asarray(metal_ops.prime_table())
+    outer = (work.groups,) if work.operation == "decode" else (work.groups, work.vectors)
+    result = jax.ShapeDtypeStruct((*outer, *features), dtype)
+    parameters = np.frombuffer(plan.parameters.pack(), np.int32)
+    for step in plan.steps:
+        to = {**step.names}.get(9, "y")
+        out = result if to == "y" else jax.ShapeDtypeStruct((plan.scratch // 4,), jnp.float32)
+        # What a kernel takes and does not read in this case is bound to a plane.
+        taken = [name for i, name in sorted(step.names.items()) if i != 9]
+        operands = {name: arrays.get(name, arrays["values"]) for name in taken}
+        places = {name: i for i, name in enumerate(operands)}
+        memory = [size for _, size in sorted(step.threadgroup_memory.items())]
+        arrays[to] = jax.ffi.ffi_call(_cuda.LAUNCH, out)(
+            *operands.values(),
+            kernel=metal_ops.name_of(step.source, step.kernel),
+            buffers=np.array([*(places[name] for name in taken), len(operands)], np.int32),
+            parameters=parameters,
+            shared_memory=np.cumsum([0, *memory]).astype(np.int32),
+            grid=np.array(step.threadgroups, np.int32),
+            threads=np.int32(step.threads[0]),
+            resident=np.int32(step.resident),
+        )
+    return arrays["y"]
