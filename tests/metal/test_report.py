@@ -42,9 +42,10 @@ def test_everything_is_tried_and_works(lines):
     assert len(of(lines, "fast")) == 2 + 2 * 2 * 4
 
 
-def test_every_kernel_of_the_package_is_in_it():
+def test_every_kernel_that_metal_is_asked_for_is_in_it():
     names = {path.stem for path in metal_ops._source.KERNELS.glob("*.metal")}
-    assert names == set(_metal_report._SOURCES)
+    for_nvidia = {"mdcsr_levels", "sparse_matvec_stream"}
+    assert names - for_nvidia == set(_metal_report._SOURCES)
 
 
 def test_times_have_units_and_shares(lines):
