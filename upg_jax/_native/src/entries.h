@@ -96,7 +96,7 @@ inline void for_entries(const Layer& layer, size_t begin, size_t end, size_t col
     if (i + 8 <= end) {
       columns_of<kPrime>(d, column, c);
       if (UPG_UNLIKELY(c[7] >= layer.columns)) {
-        for (size_t j = 0; c[j] < layer.columns; ++j) use_one(c[j], q[j], k + j);
+        for (size_t j = 0; c[j] < layer.columns; ++j) use_one(c[j], q[j], primes_at<kPrime>(layer, i + j));
         return;
       }
       use(c, q, k);
