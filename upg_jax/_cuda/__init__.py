@@ -93,6 +93,8 @@ def _load() -> Library | str:
     path = next((p for folder in __path__ if (p := Path(folder) / "libupg_cuda.so").exists()), None)
     if path is None:
         return "it was installed without the launcher of kernels (no C++17 compiler when it was installed?)"
+    if reason := _native.too_old_reason():
+        return reason
     try:
         library = Library(path)
     except OSError as error:

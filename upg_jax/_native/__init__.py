@@ -144,21 +144,29 @@ def unavailable_reason() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def too_old_reason() -> str | None:
+    """Says why handlers built for XLA cannot run on this jaxlib whatever they were built for; None where they can."""
+    jaxlib = importlib.metadata.version("jaxlib")
+    if tuple(int(n) for n in re.findall(r"\d+", jaxlib)[:2]) < _OLDEST_JAXLIB:
+        return f"the compiled kernels need jaxlib {'.'.join(map(str, _OLDEST_JAXLIB))} or newer; this is {jaxlib}"
+    return None
+
+
 @functools.cache
 def _load() -> Library | str:
     # An editable install has the sources in one folder of the package's path and what it built in another.
     path = next((p for folder in __path__ if (p := Path(folder) / "libupg_native.so").exists()), None)
     if path is None:
         return "it was installed without the compiled kernels (no C++17 compiler when it was installed?)"
-    jaxlib = importlib.metadata.version("jaxlib")
-    if tuple(int(n) for n in re.findall(r"\d+", jaxlib)[:2]) < _OLDEST_JAXLIB:
-        return f"the compiled kernels need jaxlib {'.'.join(map(str, _OLDEST_JAXLIB))} or newer; this is {jaxlib}"
+    if reason := too_old_reason():
+        return reason
     try:
         library = Library(path)
     except OSError as error:
         return f"the compiled kernels do not load: {error}"
     built, running = library.ffi_api, running_ffi_api()
     if running is None or built[0] != running[0] or built[1] > running[1]:
+        jaxlib = importlib.metadata.version("jaxlib")
         reason = (
             f"the compiled kernels were built for XLA FFI {built[0]}.{built[1]}, and jaxlib {jaxlib} has "
             f"{'an unknown version' if running is None else '.'.join(map(str, running))}; reinstall upg_jax"
