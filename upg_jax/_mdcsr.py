@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -119,6 +118,8 @@ class MdCSR:
 
     def spmv(self, v: Any) -> jax.Array:
         """Returns `W @ v` for a vector `(in_features,)`; the same as `sparse_dense(v, self)`."""
+        import chex  # 80 ms to import, which products alone should not wait for
+
         from upg_jax._sparse_dense import sparse_dense
 
         chex.assert_rank(v, 1)
