@@ -60,16 +60,7 @@ def encode_dense(
         entries, scales[start:stop] = quantize_entries(
             rows, columns, chunk[rows, columns], num_rows=stop - start, manifold=manifold, first_row=start
         )
-        size = (stop - start, w.shape[1])
-        if index == "dense":
-            chunks.append(encode_dense_rows(*entries, size=size, row_alignment=row_alignment))
-            continue
-        encoded = encode_entries(*entries, num_rows=stop - start, row_alignment=row_alignment)
-        if index == "mask":
-            pointers = np.concatenate([[0], np.cumsum(encoded.row_lengths)]).astype(np.uint32)
-            bits = mask_from_deltas(encoded.delta_indices, encoded.values, pointers, size, "from_dense")
-            encoded = encoded._replace(delta_indices=bits)
-        chunks.append(encoded)
+        chunks.append(_encode_chunk(entries, (stop - start, w.shape[1]), row_alignment, index))
     return assemble(
         chunks,
         scales,
@@ -80,6 +71,47 @@ def encode_dense(
         capacity=capacity,
         index=index,
     )
+
+
+def encode_levels(levels: np.ndarray, scales: np.ndarray, *, dtype: Any, index: Index = "delta8") -> MdCSR:
+    """Encodes weights that are quantized already, on the unit manifold, with NumPy planes.
+
+    Args:
+        levels: int8 `(out_features, in_features)` in -127..127; 0 is not stored.
+        scales: float32 `(out_features,)`, normal numbers, or 0 for a row without weights.
+        dtype: that the weights had.
+        index: how entries find their columns.
+
+    Raises:
+        EncodingError: if the entries exceed the format's limit of 2**31 - 1.
+    """
+    chunks = []
+    for start, stop in _row_chunks(levels.shape):
+        rows, columns = np.nonzero(levels[start:stop])
+        entries = (rows, columns, levels[start:stop][rows, columns])
+        chunks.append(_encode_chunk(entries, (stop - start, levels.shape[1]), 1, index))
+    return assemble(
+        chunks,
+        scales,
+        shape=(levels.shape[0], levels.shape[1]),
+        manifold="unit",
+        row_alignment=1,
+        dtype=_ORIGINAL_DTYPES[np.dtype(dtype)],
+        index=index,
+    )
+
+
+def _encode_chunk(
+    entries: tuple[np.ndarray, ...], size: tuple[int, int], row_alignment: int, index: Index
+) -> EncodedRows:
+    if index == "dense":
+        return encode_dense_rows(*entries, size=size, row_alignment=row_alignment)
+    encoded = encode_entries(*entries, num_rows=size[0], row_alignment=row_alignment)
+    if index == "mask":
+        pointers = np.concatenate([[0], np.cumsum(encoded.row_lengths)]).astype(np.uint32)
+        bits = mask_from_deltas(encoded.delta_indices, encoded.values, pointers, size, "from_dense")
+        encoded = encoded._replace(delta_indices=bits)
+    return encoded
 
 
 class EncodedRows(NamedTuple):

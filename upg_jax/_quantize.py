@@ -47,15 +47,7 @@ def quantize_entries(
     if weights.size:
         boundaries = np.flatnonzero(np.diff(rows, prepend=-1))
         largest[rows[boundaries]] = np.maximum.reduceat(np.abs(weights), boundaries)
-    scales = largest / np.float32(127 if manifold == "unit" else LARGEST_LEVEL)
-    too_large = np.flatnonzero(scales > LARGEST_SCALE)
-    if too_large.size:
-        row = int(too_large[0])
-        raise EncodingError(
-            f"from_dense: row {first_row + row} has a magnitude of {largest[row]:.3g}; its scale {scales[row]:.3g} "
-            f"exceeds the format's largest, {LARGEST_SCALE:.3g}; rescale the matrix"
-        )
-    scales[scales < SMALLEST_SCALE] = 0
+    scales = scales_of(largest, manifold, first_row)
     row_scales = scales[rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         targets = np.where(row_scales > 0, weights.astype(np.float64) / row_scales, 0.0)
@@ -67,6 +59,29 @@ def quantize_entries(
     stored = magnitude != 0
     q = np.where(np.signbit(targets), -magnitude, magnitude)
     return (rows[stored], columns[stored], q[stored], k[stored]), scales
+
+
+def scales_of(largest: np.ndarray, manifold: Manifold, first_row: int = 0) -> np.ndarray:
+    """The scales with which rows use all levels.
+
+    Args:
+        largest: float32 `(rows,)`, each row's largest magnitude.
+        manifold: of the result.
+        first_row: the number of row 0 in the matrix, for messages.
+
+    Raises:
+        EncodingError: if a row is too large for the format.
+    """
+    scales = largest / np.float32(127 if manifold == "unit" else LARGEST_LEVEL)
+    too_large = np.flatnonzero(scales > LARGEST_SCALE)
+    if too_large.size:
+        row = int(too_large[0])
+        raise EncodingError(
+            f"from_dense: row {first_row + row} has a magnitude of {largest[row]:.3g}; its scale {scales[row]:.3g} "
+            f"exceeds the format's largest, {LARGEST_SCALE:.3g}; rescale the matrix"
+        )
+    scales[scales < SMALLEST_SCALE] = 0
+    return scales
 
 
 class _Levels(NamedTuple):

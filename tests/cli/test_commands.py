@@ -212,3 +212,24 @@ def test_help_does_not_import_jax(upg_jax):
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert "typer" in imported
     assert "jax" not in imported
+
+
+def test_compress_calibrates_on_a_text(upg_jax, gguf_model, tmp_path):
+    (tmp_path / "book.txt").write_text("he said that she said that he was there, and so on. " * 40)
+    result = upg_jax(
+        "compress", gguf_model, "out", "--density", "0.5", "--method", "sparsegpt", "--calibration", "book.txt",
+        "--windows", "8", "--window", "100", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "one-shot pruning by sparsegpt to density 0.5" in result.stderr
+    with UPGDecompressor.from_safetensors(tmp_path / "out") as model:
+        settings = model.provenance["settings"]
+    assert (settings["method"], settings["pattern"]) == ("sparsegpt", "row")
+    assert settings["calibration"]["source"] == "book.txt"
+    assert (settings["calibration"]["windows"], settings["calibration"]["tokens"]) == (8, 100)
+
+
+def test_calibration_without_a_method_for_it_is_refused(upg_jax, gguf_model):
+    result = upg_jax("compress", gguf_model, "out", "--density", "0.5", "--calibration", "book.txt")
+    assert result.returncode == 1
+    assert "is for wanda and sparsegpt; got method magnitude" in result.stderr

@@ -179,6 +179,7 @@ def test_provenance_names_tool_settings_and_sources(tmp_path, source):
                 "density": 0.5,
                 "manifold": "unit",
                 "method": "magnitude",
+                "pattern": "layer",
                 "rules": [["down_proj", 0.75], ["q_proj", None]],
                 "embedding": "int8",
                 "pack": False,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from upg_jax.compress import Plan, Progress, Report, TensorPlan, TensorReport
+    from upg_jax.compress import Calibration, Plan, Progress, Report, TensorPlan, TensorReport
+    from upg_jax.io import Checkpoint
 
 
 def compress(
@@ -20,7 +21,33 @@ def compress(
     manifold: Annotated[
         str, typer.Option(help="unit (int8, 2 bytes an entry) or prime (nearly exact, 4 bytes an entry).")
     ] = "unit",
-    method: Annotated[str, typer.Option(help="How the weights to keep are chosen.")] = "magnitude",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How the weights to keep are chosen: magnitude, or with calibration wanda or sparsegpt, which also "
+            "adjusts those that are kept."
+        ),
+    ] = "magnitude",
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the density is met: layer, row, or N:M (such as 2:4 at density 0.5). By default layer for "
+            "magnitude, row for the others.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text for wanda and sparsegpt: a UTF-8 file, a directory of .txt files, or a Hugging Face data set on "
+            "disk. Default: entries of the Jargon File; text like what the model is for does better.",
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of a data set that has the text.")] = "text",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 64,
+    window: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of windows.")] = 0,
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,8 +87,9 @@ def compress(
     """
     from rich.text import Text
 
+    from upg_jax._errors import EncodingError
     from upg_jax.cli._output import bytes_progress, print_json, stderr
-    from upg_jax.compress import Rule, Settings, compress_checkpoint, plan
+    from upg_jax.compress import CALIBRATED, Rule, Settings, compress_checkpoint, plan
     from upg_jax.io import open_checkpoint
 
     rules = [Rule.keep_dense(pattern) for pattern in keep_dense or []] + [
@@ -71,6 +99,7 @@ def compress(
         density=density,
         manifold=manifold,  # type: ignore[arg-type]
         method=method,  # type: ignore[arg-type]
+        pattern=pattern,
         rules=tuple(rules),
         embedding=embedding,  # type: ignore[arg-type]
         pack=pack,
@@ -85,6 +114,15 @@ def compress(
         else:
             _print_sizes(planned, planned.file_bytes, "would be")
         return
+    tokens = None
+    if method in CALIBRATED:
+        tokens = _calibration(checkpoint, calibration, column, windows, window, seed)
+        if len(tokens.ids) < windows:
+            stderr.print(
+                f"the text has {len(tokens.ids)} windows of {window} tokens; {windows} were asked for"
+            )
+    elif calibration is not None:
+        raise EncodingError(f"compress: --calibration is for {' and '.join(CALIBRATED)}; got method {method}")
     try:
         with bytes_progress("compress:") as update:
 
@@ -92,7 +130,13 @@ def compress(
                 update(p.stage, p.done, p.total, p.name)
 
             report = compress_checkpoint(
-                checkpoint, destination, settings, progress=progress, restart=restart, force=force
+                checkpoint,
+                destination,
+                settings,
+                calibration=tokens,
+                progress=progress,
+                restart=restart,
+                force=force,
             )
     except KeyboardInterrupt:
         again = "the same command without --restart" if restart else "the same command"
@@ -104,6 +148,27 @@ def compress(
         print_json(_report_as_dict(report))
     else:
         _print_sizes(report, report.file_bytes, "is")
+
+
+def _calibration(
+    checkpoint: Checkpoint, path: Path | None, column: str, windows: int, window: int, seed: int
+) -> Calibration:
+    import tempfile
+
+    from upg_jax.compress import Calibration, default_texts, read_texts
+    from upg_jax.inference import Tokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.write_tokenizer(Path(directory))
+        tokenizer = Tokenizer.from_directory(Path(directory))
+    return Calibration.from_texts(
+        default_texts() if path is None else read_texts(path, column),
+        tokenizer.encode,
+        windows=windows,
+        tokens=window,
+        seed=seed,
+        source="Jargon File 4.4.7 (lexicon)" if path is None else path.name,
+    )
 
 
 def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:

@@ -96,7 +96,7 @@ class Partial:
         state = self._read()
         files = checkpoint.source_files()
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        made = provenance(plan.settings, [])
+        made = provenance(plan.settings, plan.calibration, [])
         if state is None:
             state = {key: made[key] for key in ("tool", "settings")} | {"times": None, "sources": None}
         for key in ("tool", "settings"):
@@ -111,7 +111,7 @@ class Partial:
             self._write(state)
             meter = Meter("hash", sum(size for _, size, _ in stats), report)
             hashed = [(f.name, f.stat().st_size, _sha256(f, meter)) for f in files]
-            sources = provenance(plan.settings, hashed)["sources"]
+            sources = provenance(plan.settings, plan.calibration, hashed)["sources"]
             if state["sources"] not in (None, sources):
                 raise CheckpointError(
                     f"compress: the source files are not those that {self.path} was begun with; begin anew "

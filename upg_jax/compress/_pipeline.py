@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from upg_jax._encode import encode_dense
 from upg_jax._errors import CheckpointError, EncodingError, FormatError
+from upg_jax._mdcsr import MdCSR
+from upg_jax.compress._calibration import Calibration
+from upg_jax.compress._methods import compress_matrix
 from upg_jax.compress._partial import Partial, PartialTensors
 from upg_jax.compress._plan import Plan, bits_per_weight, linears, plan
 from upg_jax.compress._progress import Meter, Progress
-from upg_jax.compress._prune import prune_mask
+from upg_jax.compress._prune import CALIBRATED
 from upg_jax.compress._settings import Encoding, Settings
 from upg_jax.io import Checkpoint, UPGDecompressor, open_checkpoint, save
 
@@ -90,6 +92,7 @@ def compress_checkpoint(
     destination: str | Path,
     settings: Settings,
     *,
+    calibration: Calibration | None = None,
     progress: Callable[[Progress], None] | None = None,
     restart: bool = False,
     force: bool = False,
@@ -103,6 +106,8 @@ def compress_checkpoint(
         source: a Hugging Face directory, a GGUF file, or an opened checkpoint.
         destination: the directory to make.
         settings: how to compress.
+        calibration: tokens to run the model over, for the methods that need them; the whole model is never in memory,
+            but the activations of one block are.
         progress: called often, with the stage's bytes, rate and time left.
         restart: forget an earlier run's unfinished work.
         force: replace the compressed model that `destination` already is.
@@ -110,12 +115,22 @@ def compress_checkpoint(
     Raises:
         CheckpointError: for a source that cannot be read, unfinished work from other settings or sources, or
             a destination that is in the way.
-        EncodingError: for rules that match nothing, or weights that cannot be encoded (naming the tensor).
+        EncodingError: for rules that match nothing, weights that cannot be encoded (naming the tensor), or a
+            calibration that is missing, or not of this model.
     """
     # Through symbolic links, which a rename would replace instead of what they point to.
     destination = Path(os.path.realpath(destination))
     checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
-    planned = plan(checkpoint, settings)
+    if (calibration is None) == (settings.method in CALIBRATED):
+        raise EncodingError(
+            f"compress: calibration is for the methods {' and '.join(CALIBRATED)}, which need it; got method "
+            f"{settings.method!r} {'without' if calibration is None else 'with'} it"
+        )
+    planned = plan(checkpoint, settings, calibration)
+    if calibration is not None:
+        from upg_jax.compress._calibrated import check_tokens
+
+        check_tokens(checkpoint, planned, calibration)
     _check_place(checkpoint, destination)
     partial = Partial(destination)
     may_exist = force or partial.exists()
@@ -146,23 +161,35 @@ def _encode_all(
     checkpoint: Checkpoint, planned: Plan, partial: Partial, progress: Callable[[Progress], None] | None
 ) -> int:
     """Encodes the tensors that have no part yet; returns how many had one."""
-    settings = planned.settings
     nbytes = [t.num_weights * checkpoint.dtype(t.name).itemsize for t in planned.compressed]
     meter = Meter("encode", sum(nbytes), progress)
     done = [partial.has_part(i, t.name) for i, t in enumerate(planned.compressed)]
     meter.skip(sum(n for n, finished in zip(nbytes, done, strict=True) if finished))
-    for i, tensor in enumerate(planned.compressed):
-        if done[i]:
-            continue
+    index = {t.name: i for i, t in enumerate(planned.compressed)}
+
+    def write_part(name: str, layer: MdCSR) -> None:
+        partial.write_part(index[name], name, layer)
+        meter.add(nbytes[index[name]], name)
+
+    if planned.calibration is not None:
+        from upg_jax.compress._calibrated import encode_in_order
+
+        def read_part(name: str) -> MdCSR | None:
+            i = index[name]
+            return partial.read_part(i, name) if partial.has_part(i, name) else None
+
+        encode_in_order(checkpoint, planned, read_part, write_part)
+        return sum(done)
+    for tensor, finished in zip(planned.compressed, done, strict=True):
         assert tensor.encoding is not None
+        if finished:
+            continue
         w = checkpoint.read(tensor.name)
         try:
-            mask = prune_mask(w, tensor.encoding.density, settings.method)
-            layer = encode_dense(w, mask=mask, manifold=tensor.encoding.manifold, index=tensor.encoding.index)
+            layer = compress_matrix(w, tensor.encoding, planned.settings, None)
         except EncodingError as e:
             raise EncodingError(f"compress: tensor {tensor.name!r}: {e}") from e
-        partial.write_part(i, tensor.name, layer)
-        meter.add(nbytes[i], tensor.name)
+        write_part(tensor.name, layer)
     return sum(done)
 
 

@@ -12,6 +12,9 @@ from upg_jax._encode import MAX_DELTA
 from upg_jax._errors import EncodingError
 from upg_jax._mdcsr import DTYPES
 from upg_jax._version import __version__
+from upg_jax.compress._calibration import Calibration
+from upg_jax.compress._prune import Method
+from upg_jax.compress._selection import Pattern
 from upg_jax.compress._settings import Encoding, Settings
 from upg_jax.io import Checkpoint
 from upg_jax.io._header import CODE_OF
@@ -19,9 +22,14 @@ from upg_jax.io._layout import Item, arrange, check_names, place, stored_bytes
 from upg_jax.io._metadata import MatrixFacts, to_strings
 from upg_jax.io._writer import file_bytes
 
-# Perplexity of SmolLM2-135M-Instruct on held-out Wikipedia articles after one-shot magnitude pruning of all
-# its linear layers (20 windows of 512 tokens; standard error of its logarithm 6 to 7%).
-MEASURED_PERPLEXITY = {1.0: "21.8", 0.7: "34.1", 0.5: "314", 0.4: "2,753", 0.3: "26,000"}
+# Perplexity of SmolLM2-135M-Instruct on held-out Wikipedia articles after one-shot pruning of all its linear layers
+# (20 windows of 512 tokens; standard error of its logarithm 6 to 7%; docs/compression.md).
+DENSE_PERPLEXITY = "21.8"
+MEASURED_PERPLEXITY: dict[Method, dict[float, str]] = {
+    "magnitude": {0.7: "34.1", 0.5: "314", 0.4: "2,753", 0.3: "26,000"},
+    "wanda": {0.7: "25.2", 0.5: "48.6", 0.4: "122", 0.3: "788"},
+    "sparsegpt": {0.7: "25.5", 0.5: "42.9", 0.4: "82", 0.3: "206"},
+}
 _WARN_AT = 0.5
 
 
@@ -70,6 +78,7 @@ class Plan:
 
     Attributes:
         settings: the settings it was made for.
+        calibration: what to calibrate on, if that was given.
         tensors: one entry per tensor, in layer order.
         file_bytes: size of the result's `model.safetensors`, under the assumptions of `TensorPlan.nbytes`.
         max_file_bytes: what that size cannot exceed.
@@ -77,6 +86,7 @@ class Plan:
     """
 
     settings: Settings
+    calibration: Calibration | None
     tensors: list[TensorPlan]
     file_bytes: int
     max_file_bytes: int
@@ -103,15 +113,17 @@ def bits_per_weight(tensors: Sequence[Any]) -> float:
     return 8 * sum(t.nbytes for t in tensors) / max(sum(t.num_weights for t in tensors), 1)
 
 
-def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
+def plan(checkpoint: Checkpoint, settings: Settings, calibration: Calibration | None = None) -> Plan:
     """Predicts the result's size from the checkpoint's shapes; reads no weights.
 
     Args:
         checkpoint: from `open_checkpoint`.
         settings: how to compress it.
+        calibration: for the methods that need it; may be left out here.
 
     Raises:
-        EncodingError: if a rule matches nothing, nothing is left to compress, or a dtype cannot be encoded.
+        EncodingError: if a rule matches nothing, nothing is left to compress, a dtype cannot be encoded, or a pattern
+            does not fit a matrix.
     """
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
     encodings = settings.encodings(shapes)
@@ -124,6 +136,11 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
                 f"compress: tensor {name!r} is {dtypes[name]}, which cannot be encoded; convert the "
                 "checkpoint to bfloat16 first, or keep the tensor dense by a rule"
             )
+        if encoding is not None and not encoding.tokens:
+            try:
+                Pattern.parse(settings.counted).check_columns(shapes[name][1])
+            except EncodingError as e:
+                raise EncodingError(f"compress: tensor {name!r}: {e}") from e
     expected = [_item(name, shapes[name], dtypes[name], e, most=False) for name, e in encodings.items()]
     at_most = [_item(name, shapes[name], dtypes[name], e, most=True) for name, e in encodings.items()]
     check_names(at_most)
@@ -131,7 +148,9 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         {item.name: item.facts for item in at_most if item.facts is not None},
         {},
         checkpoint.config,
-        provenance(settings, [(f.name, f.stat().st_size, "0" * 64) for f in checkpoint.source_files()]),
+        provenance(
+            settings, calibration, [(f.name, f.stat().st_size, "0" * 64) for f in checkpoint.source_files()]
+        ),
     )
     sizes, max_sizes = ({item.name: stored_bytes(item) for item in arrange(i)} for i in (expected, at_most))
     tensors = [
@@ -141,19 +160,24 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         for name, shape in shapes.items()
     ]
     file_sizes = [file_bytes(place(arrange(items)), strings) for items in (expected, at_most)]
-    return Plan(settings, tensors, file_sizes[0], max(file_sizes), _warnings(tensors))
+    return Plan(
+        settings, calibration, tensors, file_sizes[0], max(file_sizes), _warnings(tensors, settings.method)
+    )
 
 
-def provenance(settings: Settings, sources: list[tuple[str, int, str]]) -> dict[str, Any]:
+def provenance(
+    settings: Settings, calibration: Calibration | None, sources: list[tuple[str, int, str]]
+) -> dict[str, Any]:
     """What a file says of its making.
 
     Args:
         settings: how it was made.
+        calibration: what it was calibrated on.
         sources: name, size in bytes and sha256 of every source file.
     """
     return {
         "tool": f"upg_jax {__version__}",
-        "settings": settings.to_json(),
+        "settings": settings.to_json() | ({"calibration": calibration.to_json()} if calibration else {}),
         "sources": [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in sources],
     }
 
@@ -182,16 +206,17 @@ def _item(
     return Item(name, facts=facts, owned=entries + min(fillers, weights - entries))
 
 
-def _warnings(tensors: list[TensorPlan]) -> list[str]:
+def _warnings(tensors: list[TensorPlan], method: Method) -> list[str]:
     pruned = linears(tensors)
     warnings = []
     lowest = min((t.encoding.density for t in pruned), default=1.0)
     if lowest <= _WARN_AT:
-        measured = ", ".join(f"{p} at density {d}" for d, p in MEASURED_PERPLEXITY.items() if d < 1)
+        measured = ", ".join(f"{p} at density {d}" for d, p in MEASURED_PERPLEXITY[method].items())
+        harm = "ruins most models" if method == "magnitude" else "harms most models"
+        advice = "choose another --method, and measure" if method == "magnitude" else "measure"
         warnings.append(
-            f"one-shot magnitude pruning to density {lowest} ruins most models: SmolLM2-135M's perplexity "
-            f"went from {MEASURED_PERPLEXITY[1.0]} (nothing pruned) to {measured}; measure the result "
-            "(`upg-jax eval`)"
+            f"one-shot pruning by {method} to density {lowest} {harm}: SmolLM2-135M's perplexity went from "
+            f"{DENSE_PERPLEXITY} (nothing pruned) to {measured}; {advice} the result (`upg-jax eval`)"
         )
     bits = bits_per_weight(pruned)
     for limit, what in ((32, "float32"), (16, "bfloat16"), (8, "dense int8")):

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from upg_jax._errors import EncodingError
 from upg_jax._index import Index
 from upg_jax._mdcsr import MANIFOLDS, Manifold
-from upg_jax.compress._prune import Method, check_method
+from upg_jax.compress._prune import Method, check_method, default_pattern
+from upg_jax.compress._selection import Pattern
 
 Embedding: TypeAlias = Literal["int8", "float"]
 EMBEDDINGS: tuple[Embedding, ...] = get_args(Embedding)
@@ -94,7 +95,10 @@ class Settings:
     Attributes:
         density: fraction of each matrix's weights to keep where no rule says otherwise; 1.0 prunes nothing.
         manifold: `"unit"` (int8, 2 bytes an entry) or `"prime"` (nearly exact, 4 bytes an entry).
-        method: how the weights to keep are chosen; see `prune_mask`.
+        method: how the weights to keep are chosen: `"magnitude"`, or by calibration `"wanda"` or `"sparsegpt"`, which
+            also changes the weights that are kept; see `prune_mask` and `sparsegpt`.
+        pattern: `"layer"`, `"row"` or `"N:M"`: where densities are met, see `prune_mask`. None stands for `"layer"`
+            with magnitude pruning and for `"row"` with the other methods.
         rules: the first one that matches a matrix's name counts. Where none does, norms and biases stay dense;
             other embeddings than that of tokens, and all that is no matrix, always do.
         embedding: what becomes of the token embedding and of the head where no rule says otherwise: `"int8"` rows,
@@ -107,6 +111,7 @@ class Settings:
     density: float
     manifold: Manifold = "unit"
     method: Method = "magnitude"
+    pattern: str | None = None
     rules: tuple[Rule, ...] = ()
     embedding: Embedding | None = None
     pack: bool = False
@@ -116,6 +121,10 @@ class Settings:
         if self.embedding not in (None, *EMBEDDINGS):
             raise EncodingError(f"settings: embedding must be one of {EMBEDDINGS}; got {self.embedding!r}")
         check_method(self.method)
+        constraint = Pattern.parse(self.counted)
+        for density in (self.density, *(rule.density for rule in self.rules)):
+            if density is not None:
+                constraint.check_density(density)
         if self.manifold not in MANIFOLDS:
             raise EncodingError(f"settings: manifold must be one of {MANIFOLDS}; got {self.manifold!r}")
 
@@ -153,6 +162,11 @@ class Settings:
         return Encoding(density, self.manifold, _smallest(density, self.manifold) if self.pack else "delta8")
 
     @property
+    def counted(self) -> str:
+        """The pattern, the method's own if none was given."""
+        return default_pattern(self.method) if self.pattern is None else self.pattern
+
+    @property
     def token_embedding(self) -> Embedding:
         """What becomes of the token embedding and the head where no rule says otherwise."""
         return self.embedding or ("int8" if self.manifold == "unit" else "float")
@@ -163,6 +177,7 @@ class Settings:
             "density": float(self.density),
             "manifold": self.manifold,
             "method": self.method,
+            "pattern": self.counted,
             "rules": [
                 [rule.pattern, None if rule.density is None else float(rule.density)] for rule in self.rules
             ],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from upg_jax.models._cache import KVCache, init_cache
 from upg_jax.models._config import DecoderConfig
-from upg_jax.models._decoder import Params, forward
-from upg_jax.models._families import load, parse_config
+from upg_jax.models._decoder import Params, embed, forward, head, run_layers
+from upg_jax.models._families import load, parse_config, weights
 from upg_jax.models._linear import Linear, Linears, is_stacked
 from upg_jax.models._packing import pack_params
-from upg_jax.models._weights import WeightSource, can_stack, stack_layers
+from upg_jax.models._weights import Weight, WeightSource, can_stack, stack_layers
 
 __all__ = [
     "DecoderConfig",
@@ -16,13 +16,18 @@ __all__ = [
     "Linear",
     "Linears",
     "Params",
+    "Weight",
     "WeightSource",
     "can_stack",
+    "embed",
     "forward",
+    "head",
     "init_cache",
     "is_stacked",
     "load",
     "pack_params",
     "parse_config",
+    "run_layers",
     "stack_layers",
+    "weights",
 ]

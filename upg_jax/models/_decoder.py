@@ -54,17 +54,53 @@ def forward(
         tokens, None without one.
     """
     chex.assert_rank(ids, 2)
-    batch, tokens = ids.shape
+    x, kv = run_layers(params["layers"], config, embed(params, ids), cache, counts=counts)
+    if last_only:
+        counts = jnp.full(ids.shape[0], ids.shape[1], jnp.int32) if counts is None else counts
+        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    logits = head(params, config, x)
+    return (logits[:, 0] if last_only else logits), kv
+
+
+def embed(params: Params, ids: jax.Array) -> jax.Array:
+    """The residual stream `(batch, tokens, hidden)` of new tokens, before the first layer."""
+    return look_up(params["embed_tokens"], ids).astype(params["norm"].dtype)
+
+
+def head(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Array:
+    """Logits, float32 `(..., vocab)`, of the residual stream after the last layer."""
+    weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+    return linear(_norm(x, params["norm"], config), weight).astype(jnp.float32)
+
+
+def run_layers(
+    layers: Any,
+    config: DecoderConfig,
+    x: jax.Array,
+    cache: KVCache | None = None,
+    *,
+    counts: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Takes the residual stream through the decoder's layers.
+
+    Args:
+        layers: the `layers` of `Params`.
+        config: the model's; its `num_layers` layers are run.
+        x: `(batch, tokens, hidden)`.
+        cache: as for `forward`.
+        counts: as for `forward`.
+
+    Returns:
+        The stream after the layers, and the cache with the new tokens, None without one.
+    """
+    batch, tokens, _ = x.shape
     if counts is None:
         counts = jnp.full(batch, tokens, jnp.int32)
     chex.assert_shape(counts, (batch,))
     past = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
     chex.assert_shape(past, (batch,))
     positions = past[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-
-    layers, dtype = params["layers"], params["norm"].dtype
     cos, sin = config.rope.angles(positions, config.head_dim)
-    x = look_up(params["embed_tokens"], ids).astype(dtype)
 
     def attention(x: jax.Array, layer: Any, kv: tuple[LayerBuffers, LayerBuffers] | None) -> Any:
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -93,13 +129,9 @@ def forward(
 
     kv = None if cache is None else (cache.keys, cache.values)
     x, kv = for_each_layer(block, (x, kv), layers, config.num_layers)
-    if last_only:
-        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    logits = _logits(params, _norm(x, params["norm"], config))
-    logits = logits[:, 0] if last_only else logits
     if cache is None or kv is None:
-        return logits, None
-    return logits, dataclasses.replace(cache, keys=kv[0], values=kv[1], lengths=past + counts)
+        return x, None
+    return x, dataclasses.replace(cache, keys=kv[0], values=kv[1], lengths=past + counts)
 
 
 def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -107,8 +139,3 @@ def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
     return y.astype(x.dtype) * weight[None, None]
-
-
-def _logits(params: Params, x: jax.Array) -> jax.Array:
-    head = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
-    return linear(x, head).astype(jnp.float32)

@@ -8,7 +8,7 @@ from typing import Any
 from upg_jax._errors import CheckpointError
 from upg_jax.models import _llama
 from upg_jax.models._config import DecoderConfig
-from upg_jax.models._weights import WeightSource, load_params
+from upg_jax.models._weights import Weight, WeightSource, load_params
 
 _FAMILIES = {family.architecture: family for family in (_llama.FAMILY,)}
 _MODEL_TYPES = {family.model_type: family.architecture for family in _FAMILIES.values()}
@@ -32,6 +32,11 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
             f"supported; this build knows {', '.join(sorted(_FAMILIES))}"
         )
     return _FAMILIES[known[0]].parse(config)
+
+
+def weights(config: DecoderConfig) -> list[Weight]:
+    """Lists the tensors of a model that `parse_config` knows, those of its layers once for all."""
+    return _FAMILIES[config.architecture].weights(config)
 
 
 def load(config: DecoderConfig, source: WeightSource, dtype: Any) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from jax import lax
 from upg_jax._mdcsr import MdCSR
 from upg_jax._sparse_dense import sparse_dense, sparse_dense_many
 
-Linear: TypeAlias = jax.Array | MdCSR
-"""A weight matrix `(out_features, in_features)`, dense or compressed."""
+Linear: TypeAlias = jax.Array | MdCSR | Callable[[jax.Array, jax.Array | None], jax.Array]
+"""A weight matrix `(out_features, in_features)`, dense or compressed, or what stands for one: a function of input and
+bias."""
 
 Linears: TypeAlias = MdCSR | tuple[Linear, ...]
 """One projection of all layers: a stack that is read in place, or a matrix per layer."""
@@ -24,6 +25,8 @@ Carry = TypeVar("Carry")
 
 def linear(x: jax.Array, weight: Linear, bias: jax.Array | None = None) -> jax.Array:
     """`x (..., in) @ weight.T + bias` in `x`'s dtype, accumulated in float32."""
+    if callable(weight):
+        return weight(x, bias)
     if isinstance(weight, MdCSR):
         return sparse_dense(x, weight, bias)
     y = _dense_product(x, weight)

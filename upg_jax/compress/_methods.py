@@ -1,0 +1,50 @@
+"""One matrix, compressed by any method: what to keep, what that becomes, and its encoding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from upg_jax._encode import encode_dense, encode_levels
+from upg_jax._mdcsr import MdCSR
+from upg_jax._quantize import scales_of
+from upg_jax.compress._prune import prune_mask
+from upg_jax.compress._selection import Pattern
+from upg_jax.compress._settings import Encoding, Settings
+from upg_jax.compress._sparsegpt import prune
+from upg_jax.compress._statistics import Inputs
+
+
+def compress_matrix(w: np.ndarray, encoding: Encoding, settings: Settings, inputs: Inputs | None) -> MdCSR:
+    """Prunes, quantizes and encodes one matrix; planes on the host.
+
+    Args:
+        w: `(out_features, in_features)`, as the checkpoint has it.
+        encoding: what it is stored as.
+        settings: method and pattern count, but for the token embedding and head as int8 rows.
+        inputs: calibration, for the methods that need it.
+
+    Raises:
+        EncodingError: for weights that cannot be encoded, or a pattern that does not fit them.
+    """
+    if encoding.tokens or settings.method == "magnitude":
+        pattern = "layer" if encoding.tokens else settings.counted
+        mask = prune_mask(w, encoding.density, pattern=pattern)
+        return encode_dense(w, mask=mask, manifold=encoding.manifold, index=encoding.index)
+    assert inputs is not None
+    if settings.method == "wanda":
+        mask = prune_mask(w, encoding.density, "wanda", norms=inputs.norms, pattern=settings.counted)
+        return encode_dense(w, mask=mask, manifold=encoding.manifold, index=encoding.index)
+    return _by_sparsegpt(w, encoding, Pattern.parse(settings.counted), inputs)
+
+
+def _by_sparsegpt(w: np.ndarray, encoding: Encoding, pattern: Pattern, inputs: Inputs) -> MdCSR:
+    dense = np.asarray(w, np.float32)
+    if encoding.manifold == "prime":
+        pruned = prune(dense, inputs.factor, encoding.density, pattern, None)
+        return encode_dense(
+            pruned.weights.astype(w.dtype), mask=pruned.mask, manifold="prime", index=encoding.index
+        )
+    scales = scales_of(np.abs(dense).max(axis=1, initial=0.0), "unit")
+    pruned = prune(dense, inputs.factor, encoding.density, pattern, scales)
+    assert pruned.levels is not None
+    return encode_levels(pruned.levels, scales, dtype=w.dtype, index=encoding.index)

@@ -1,0 +1,227 @@
+"""SparseGPT: pruning and quantizing a matrix column by column, the columns not yet done absorbing the error.
+
+Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (2023), algorithm 1;
+the step for a single weight is that of Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain
+Surgeon" (1993).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from upg_jax._errors import EncodingError
+from upg_jax.compress._selection import Pattern, keep_largest
+
+_BLOCK = 128
+_DAMPENING = 0.01
+_MOST_DAMPENING = 1.0
+LARGEST_Q = 127
+
+
+class Pruned(NamedTuple):
+    """What SparseGPT makes of a matrix.
+
+    Attributes:
+        weights: float32 `(rows, columns)`, updated survivors, 0 elsewhere; quantized ones are `levels * scale`.
+        mask: boolean, the survivors.
+        levels: int8, `round(w / scale)` of the survivors, or None where nothing was quantized.
+    """
+
+    weights: np.ndarray
+    mask: np.ndarray
+    levels: np.ndarray | None
+
+
+def factor(gram: jax.Array) -> jax.Array:
+    """Factors the inverse of a dampened Hessian.
+
+    The diagonal of a feature that is always 0 becomes 1, and the mean diagonal's hundredth is added; more, by
+    factors of ten, where float32 needs it.
+
+    Args:
+        gram: float32 `(columns, columns)`, the sum of `x x^T` over the calibration activations.
+
+    Returns:
+        Upper triangular `R` with `inverse = R^T R`.
+
+    Raises:
+        EncodingError: if the matrix is not finite.
+    """
+    if not bool(jnp.isfinite(gram).all()):
+        raise EncodingError("sparsegpt: the calibration activations must be finite; got NaN or infinity")
+    dampening = _DAMPENING
+    while True:
+        upper = _factor(gram, np.float32(dampening))
+        if bool(jnp.isfinite(upper).all()):
+            return upper
+        if dampening >= _MOST_DAMPENING:
+            raise EncodingError("sparsegpt: the Hessian of the calibration activations cannot be factored")
+        dampening *= 10
+
+
+@jax.jit
+def _factor(gram: jax.Array, dampening: jax.Array) -> jax.Array:
+    diagonal = jnp.diagonal(gram)
+    dead = diagonal == 0
+    added = dampening * jnp.mean(diagonal) + dead.astype(diagonal.dtype)
+    # With J reversing the order, J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J: one factorization and one
+    # triangular inverse, where the paper factors an explicit inverse.
+    reversed_ = (gram + jnp.diag(added))[::-1, ::-1]
+    lower = jnp.linalg.cholesky(reversed_)
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(gram.shape[0], dtype=gram.dtype), lower=True)
+    return inverse[::-1, ::-1]
+
+
+def sparsegpt(
+    w: Any, hessian: Any, density: float, *, pattern: str = "row", scales: Any | None = None
+) -> Pruned:
+    """Prunes a matrix so that its outputs change little, and quantizes it if there are scales.
+
+    From the first column to the last, what pruning and rounding change is made up for by the columns that follow.
+    Within a block of 128 columns (M columns for N:M) the weights whose removal costs least are chosen, given what the
+    columns before have made of them; the same share of every block.
+
+    Args:
+        w: float `(out_features, in_features)`.
+        hessian: float32 `(in_features, in_features)`, the sum of `x x^T` over calibration inputs `x`.
+        density: fraction of the weights to keep, in `[0, 1]`.
+        pattern: see `prune_mask`.
+        scales: float32 `(out_features,)`, quantization steps of the survivors; 0 for a row of zeros.
+
+    Raises:
+        EncodingError: for a density or pattern that does not fit, or a Hessian that is not finite.
+    """
+    if not 0.0 <= density <= 1.0:
+        raise EncodingError(f"sparsegpt: density must be in [0, 1]; got {density}")
+    upper = factor(jnp.asarray(hessian, jnp.float32))
+    chosen = Pattern.parse(pattern)
+    return prune(
+        np.asarray(w, np.float32),
+        upper,
+        density,
+        chosen,
+        None if scales is None else np.asarray(scales, np.float32),
+    )
+
+
+def prune(
+    w: np.ndarray, upper: jax.Array, density: float, pattern: Pattern, scales: np.ndarray | None
+) -> Pruned:
+    """`sparsegpt` with the inverse Hessian factored."""
+    rows, columns = w.shape
+    pattern.check_density(density)
+    pattern.check_columns(columns)
+    group = pattern.group or _BLOCK
+    block = group * max(1, _BLOCK // group)
+    padding = -columns % block
+    counts = _counts(rows, columns, density, pattern, group, padding)
+    # Columns that are padding have no effect on others, and are never chosen.
+    padded = jnp.pad(upper, ((0, padding), (0, padding)))
+    padded = padded.at[jnp.arange(columns, columns + padding), jnp.arange(columns, columns + padding)].set(1)
+    weights, mask, levels = _prune(
+        jnp.pad(jnp.asarray(w), ((0, 0), (0, padding))),
+        padded,
+        counts,
+        None if scales is None else jnp.asarray(scales),
+        columns=columns,
+        block=block,
+        group=group,
+        by_row=pattern.scope == "row",
+    )
+    kept = np.asarray(mask)[:, :columns]
+    return Pruned(
+        np.asarray(weights)[:, :columns],
+        kept,
+        None if scales is None else np.asarray(levels)[:, :columns],
+    )
+
+
+def _counts(
+    rows: int, columns: int, density: float, pattern: Pattern, group: int, padding: int
+) -> np.ndarray:
+    """Weights to keep in each group of columns, of a row or of all, so that all groups together are exact."""
+    ends = np.minimum(np.arange(0, columns + padding + group, group), columns)
+    if pattern.keep is not None:
+        return np.where(np.diff(ends) > 0, pattern.keep, 0).astype(np.int32)
+    of = 1 if pattern.scope == "row" else rows
+    return np.diff([round(density * of * int(end)) for end in ends]).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames=("columns", "block", "group", "by_row"))
+def _prune(
+    w: jax.Array,
+    upper: jax.Array,
+    counts: jax.Array,
+    scales: jax.Array | None,
+    *,
+    columns: int,
+    block: int,
+    group: int,
+    by_row: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rows, width = w.shape
+    divisors = None if scales is None else jnp.where(scales > 0, scales, jnp.ones_like(scales))
+
+    def select(part: jax.Array, diagonal: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
+        """The survivors of `part (group, rows)`."""
+        real = first + jnp.arange(group) < columns
+        scores = jnp.where(real[:, None], (part / diagonal[:, None]) ** 2, -jnp.inf).T
+        kept = keep_largest(scores if by_row else scores.reshape(1, -1), count)
+        return kept.reshape(rows, group).T
+
+    def prune_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        w, masks, levels = carry
+        start = index * block
+        rows_of_upper = lax.dynamic_slice(upper, (start, 0), (block, width))
+        square = lax.dynamic_slice(rows_of_upper, (0, start), (block, block))
+        # A column's weights lie together, since the loop below goes from column to column.
+        part = lax.dynamic_slice(w, (0, start), (rows, block)).T
+
+        def prune_group(g: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            part, *others = carry
+            at = g * group
+            diagonal = lax.dynamic_slice(jnp.diagonal(square), (at,), (group,))
+            chosen = lax.dynamic_slice(part, (at, 0), (group, rows))
+            kept = select(chosen, diagonal, start + at, counts[index * (block // group) + g])
+
+            def prune_column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                part, errors, masks, levels = carry
+                column, survives = part[at + j], kept[j]
+                if scales is None or divisors is None:
+                    level = jnp.zeros(rows, jnp.int8)
+                    final = jnp.where(survives, column, 0)
+                else:
+                    level = jnp.clip(jnp.round(column / divisors), -LARGEST_Q, LARGEST_Q)
+                    level = jnp.where(survives, level, 0).astype(jnp.int8)
+                    final = level.astype(jnp.float32) * scales
+                error = (column - final) / square[at + j, at + j]
+                part = part - square[at + j][:, None] * error[None]
+                return (
+                    part.at[at + j].set(final),
+                    errors.at[at + j].set(error),
+                    masks.at[at + j].set(survives),
+                    levels.at[at + j].set(level),
+                )
+
+            return lax.fori_loop(0, group, prune_column, (part, *others))
+
+        done = (
+            part,
+            jnp.zeros_like(part),
+            jnp.zeros(part.shape, jnp.bool_),
+            jnp.zeros(part.shape, jnp.int8),
+        )
+        part, errors, mask, level = lax.fori_loop(0, block // group, prune_group, done)
+        later = jnp.where((jnp.arange(width) >= start + block)[None], rows_of_upper, 0)
+        w = w - jnp.matmul(errors.T, later, precision=lax.Precision.HIGHEST)
+        put = partial(lax.dynamic_update_slice, start_indices=(0, start))
+        return put(w, part.T), put(masks, mask.T), put(levels, level.T)
+
+    begin = (w, jnp.zeros(w.shape, jnp.bool_), jnp.zeros(w.shape, jnp.int8))
+    return lax.fori_loop(0, width // block, prune_block, begin)

@@ -1,0 +1,60 @@
+"""What calibration says of the inputs of matrices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from upg_jax.compress._sparsegpt import factor
+
+
+class Inputs:
+    """Calibration inputs that some matrices share, in batches `(windows, tokens, features)`."""
+
+    def __init__(self, batches: Sequence[jax.Array]) -> None:
+        self._batches = batches
+
+    @functools.cached_property
+    def norms(self) -> jax.Array:
+        """Euclidean norm of each feature over all tokens, float32 `(features,)`."""
+        return jnp.sqrt(square_sums(self._batches))
+
+    @functools.cached_property
+    def factor(self) -> jax.Array:
+        """Of the inverse Hessian, see `sparsegpt`; float32 `(features, features)`."""
+        return factor(gram(self._batches))
+
+
+@jax.jit
+def square_sums(inputs: Sequence[jax.Array]) -> jax.Array:
+    """The sum of each feature's squares over batches `(windows, tokens, features)`, float32 `(features,)`."""
+    total = jnp.zeros(inputs[0].shape[-1], jnp.float32)
+    for x in inputs:
+        total = total + jnp.sum(x * x, axis=(0, 1))
+    return total
+
+
+def gram(inputs: Sequence[jax.Array]) -> jax.Array:
+    """The sum of `x x^T` over batches `(windows, tokens, features)`, float32 `(features, features)`."""
+    features = inputs[0].shape[-1]
+    total = jnp.zeros((features, features), jnp.float32)
+    for x in inputs:
+        total = _add_upper(total, x)
+    return jnp.triu(total) + jnp.triu(total, 1).T
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_upper(total: jax.Array, x: jax.Array) -> jax.Array:
+    # Only blocks on the diagonal and above: five eighths of the products.
+    x = x.reshape(-1, x.shape[-1])
+    features = x.shape[1]
+    step = -(-features // 4)
+    for start in range(0, features, step):
+        stop = min(start + step, features)
+        product = jnp.einsum("ni,nj->ij", x[:, start:stop], x[:, start:], precision="highest")
+        total = total.at[start:stop, start:].add(product)
+    return total
