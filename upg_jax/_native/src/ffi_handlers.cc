@@ -32,12 +32,13 @@ ffi::Future failed(const std::string& message) {
 ffi::Future execute(std::unique_ptr<Plan> plan, ffi::ThreadPool& pool) {
   const size_t helpers = helpers_for(*plan, static_cast<size_t>(pool.num_threads()));
   if (helpers == 0) {
-    Execution(std::move(plan), [] {}).work();
+    Execution(std::move(plan), 1, [] {}).work();
     return available();
   }
   ffi::Promise promise;
   ffi::Future future(promise);
-  const auto execution = std::make_shared<Execution>(std::move(plan), [promise]() mutable { promise.SetAvailable(); });
+  const auto execution =
+      std::make_shared<Execution>(std::move(plan), helpers + 1, [promise]() mutable { promise.SetAvailable(); });
   for (size_t i = 0; i < helpers; ++i) pool.Schedule([execution] { execution->work(); });
   execution->work();
   return future;

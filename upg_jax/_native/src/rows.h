@@ -45,6 +45,7 @@ class RowValues {
     for (size_t w = 0; w < words; ++w) {
       const std::uint64_t bits = mask_word(*layer_, row_, word_ + w);
       const size_t count = count_bits(bits);
+      prefetch_ahead(layer_->values + entry_);
       if (!UPG_UNLIKELY(entry_ + 64 > layer_->capacity || entry_ + count > end_)) {
         Isa::expand(bits, layer_->values + entry_, buffer + 64 * w);
       } else {

@@ -21,6 +21,7 @@ inline float gathered_product(const Layer& layer, size_t begin, size_t end, size
   // Two groups a turn, so that consecutive sums do not wait for one another.
   for (; i + 16 <= end; i += 16) {
     size_t c[8];
+    prefetch_entries<kPrime>(layer, i, 16);
     columns_of<kPrime>(deltas + i, column, c);
     if (UPG_UNLIKELY(c[7] >= columns)) break;
     const Eight first = levels_of<Isa, kPrime>(values + i, primes_at<kPrime>(layer, i));
@@ -75,7 +76,10 @@ inline float expanded_product(const Layer& layer, size_t row, const float* x, co
   typename Run::Eight sums[4] = {Run::zero(), Run::zero(), Run::zero(), Run::zero()};
   for_row_values<Isa>(layer, row, [&](size_t first, const std::int8_t* values, size_t columns) {
     size_t c = 0;
-    for (; c + 64 <= columns; c += 64) add_word<Isa>(values + c, x + first + c, sums);
+    for (; c + 64 <= columns; c += 64) {
+      if (layer.index == Index::kDense) prefetch_ahead(values + c);
+      add_word<Isa>(values + c, x + first + c, sums);
+    }
     if (c < columns) add_word<Isa>(values + c, last.floats(), sums);
   });
   return Run::sum(Run::add(Run::add(sums[0], sums[1]), Run::add(sums[2], sums[3])));

@@ -40,6 +40,7 @@ inline float windowed_product(const Layer& layer, Range e, const float* x) {
   const size_t columns = layer.columns;
   size_t i = e.begin;
   for (; i + 64 <= e.end; i += 64) {
+    prefetch_entries<kPrime>(layer, i, 64);
     // Running sums of each sixteen deltas in their own lane, in bytes: they overflow only where the window does not
     // reach, and there they are not used. The lane's total, which does not overflow, says so.
     const __m512i deltas = _mm512_loadu_si512(layer.deltas + i);
