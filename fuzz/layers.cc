@@ -90,7 +90,7 @@ void expect(bool condition, const char* what) {
   std::abort();
 }
 
-void run(std::unique_ptr<upg::Plan> plan) { upg::Execution(std::move(plan), 1, [] {}).work(); }
+void run(std::unique_ptr<upg::Plan> plan) { upg::Execution(std::move(plan), 1).work(); }
 
 std::vector<float> decode(const Planes& p) {
   std::vector<float> out(p.rows() * p.columns, NAN);

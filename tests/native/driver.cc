@@ -192,7 +192,7 @@ Dense plain_decode(const Planes& p) {
 }
 
 void run(std::unique_ptr<upg::Plan> plan, size_t threads) {
-  const auto execution = std::make_shared<upg::Execution>(std::move(plan), threads, [] {});
+  const auto execution = std::make_shared<upg::Execution>(std::move(plan), threads);
   std::vector<std::thread> others;
   for (size_t i = 1; i < threads; ++i) others.emplace_back([execution] { execution->work(); });
   execution->work();

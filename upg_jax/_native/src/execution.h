@@ -2,9 +2,9 @@
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "plan.h"
 
@@ -18,18 +18,17 @@ namespace upg {
 // thread suit prefetching, and made products of large matrices up to 1.6 times as fast as turns.
 class Execution {
  public:
-  // `threads` is how many will call `work`, if they ever come. `done` is called once, by the thread that finishes the
-  // last item.
-  Execution(std::unique_ptr<Plan> plan, size_t threads, std::function<void()> done)
-      : plan_(std::move(plan)), threads_(threads), done_(std::move(done)), phases_(plan_->items().size()) {
+  // `threads` is how many will call `work`, if they ever come.
+  Execution(std::unique_ptr<Plan> plan, size_t threads)
+      : plan_(std::move(plan)), threads_(threads), phases_(plan_->items().size()) {
     for (Phase& phase : phases_) phase.shares = std::vector<Share>(threads);
   }
 
+  // Returns when all items are done, whoever did them.
   void work() {
     const size_t me = joined_.fetch_add(1, std::memory_order_relaxed);
     for (size_t p = 0; p < phases_.size(); ++p) {
       const size_t items = plan_->items()[p];
-      const bool last = p + 1 == phases_.size();
       for (size_t i = 0; i < threads_; ++i) {
         const size_t share = (me + i) % threads_;
         const size_t begin = share * items / threads_, end = (share + 1) * items / threads_;
@@ -37,11 +36,10 @@ class Execution {
           const size_t item = begin + phases_[p].shares[share].claimed.fetch_add(1, std::memory_order_relaxed);
           if (item >= end) break;
           plan_->run(p, item);
-          if (phases_[p].finished.fetch_add(1, std::memory_order_acq_rel) + 1 == items && last) done_();
+          phases_[p].finished.fetch_add(1, std::memory_order_acq_rel);
         }
       }
-      if (last) return;
-      while (phases_[p].finished.load(std::memory_order_acquire) < items) std::this_thread::yield();
+      wait(phases_[p].finished, items);
     }
   }
 
@@ -54,9 +52,15 @@ class Execution {
     std::vector<Share> shares;
   };
 
+  // Items take microseconds, so another thread is soon done, unless it lost its processor.
+  static void wait(const std::atomic<size_t>& finished, size_t items) {
+    for (size_t turn = 0; finished.load(std::memory_order_acquire) < items; ++turn) {
+      if (turn > 256) std::this_thread::yield();
+    }
+  }
+
   std::unique_ptr<Plan> plan_;
   size_t threads_;
-  std::function<void()> done_;
   std::atomic<size_t> joined_{0};
   std::vector<Phase> phases_;
 };

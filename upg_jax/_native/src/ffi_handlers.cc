@@ -1,7 +1,6 @@
 #include "ffi_handlers.h"
 
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <string>
 
@@ -14,34 +13,20 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Future available() {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  promise.SetAvailable();
-  return future;
-}
+ffi::Error failed(const std::string& message) { return ffi::Error::InvalidArgument("upg_jax: " + message); }
 
-ffi::Future failed(const std::string& message) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  promise.SetError(ffi::Error::InvalidArgument("upg_jax: " + message));
-  return future;
-}
-
-// The calling thread works too, but waits for no other: the future tells XLA when the last item is done.
-ffi::Future execute(std::unique_ptr<Plan> plan, ffi::ThreadPool& pool) {
+// The calling thread works too, and stays the one that goes on with the program: the pool's threads then stay ready for
+// the next operation.
+ffi::Error execute(std::unique_ptr<Plan> plan, ffi::ThreadPool& pool) {
   const size_t helpers = helpers_for(*plan, static_cast<size_t>(pool.num_threads()));
   if (helpers == 0) {
-    Execution(std::move(plan), 1, [] {}).work();
-    return available();
+    Execution(std::move(plan), 1).work();
+    return ffi::Error::Success();
   }
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  const auto execution =
-      std::make_shared<Execution>(std::move(plan), helpers + 1, [promise]() mutable { promise.SetAvailable(); });
+  const auto execution = std::make_shared<Execution>(std::move(plan), helpers + 1);
   for (size_t i = 0; i < helpers; ++i) pool.Schedule([execution] { execution->work(); });
   execution->work();
-  return future;
+  return ffi::Error::Success();
 }
 
 size_t product_of(ffi::AnyBuffer::Dimensions dims, size_t begin, size_t end) {
@@ -117,7 +102,7 @@ using MakePlan = std::unique_ptr<Plan> (*)(const Stack&, const Vectors&, float* 
 using ScratchFloats = size_t (*)(const Stack&, size_t vectors);
 
 // Both products: x (*group, *batch, features), index (*group), y (*group, *batch, features of the other side).
-ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encoding, ffi::AnyBuffer x, ffi::AnyBuffer scales,
+ffi::Error multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encoding, ffi::AnyBuffer x, ffi::AnyBuffer scales,
                      ffi::AnyBuffer index, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                      ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
   const auto x_dims = x.dimensions();
@@ -142,11 +127,11 @@ ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encodi
   if (y->element_type() != ffi::F32 || y->element_count() != stack.groups * vectors.count * y_features) {
     return failed("y must be float32 of x's leading shape");
   }
-  if (y->element_count() == 0) return available();
+  if (y->element_count() == 0) return ffi::Error::Success();
   float* const out = y->typed_data<float>();
   if (stack.layers == 0) {
     std::memset(out, 0, y->size_bytes());
-    return available();
+    return ffi::Error::Success();
   }
   const size_t needed = transposed ? transposed_scratch(stack, vectors.count) : product_scratch(stack, vectors.count);
   if (scratch->element_type() != ffi::F32 || scratch->element_count() < needed) return failed("scratch is too small");
@@ -154,21 +139,21 @@ ffi::Future multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encodi
   return execute(transposed ? transposed_plan(stack, vectors, out, work) : product_plan(stack, vectors, out, work), pool);
 }
 
-ffi::Future sparse_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scales, ffi::AnyBuffer index,
+ffi::Error sparse_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scales, ffi::AnyBuffer index,
                          ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                          ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch,
                          std::int32_t encoding) {
   return multiply(pool, false, encoding, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
 }
 
-ffi::Future dense_sparse(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer scales, ffi::AnyBuffer index,
+ffi::Error dense_sparse(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer scales, ffi::AnyBuffer index,
                          ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                          ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch,
                          std::int32_t encoding) {
   return multiply(pool, true, encoding, g, scales, index, row_pointers, values, deltas, rest, y, scratch);
 }
 
-ffi::Future decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
+ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
                    ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
                    std::int32_t encoding) {
   const auto dims = out->dimensions();
@@ -180,7 +165,7 @@ ffi::Future decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer r
   if (!has_shape(*out, ffi::F32, {stack.layers, stack.first.rows, stack.first.columns})) {
     return failed("the dense result must be float32 (layers, rows, columns)");
   }
-  if (out->element_count() == 0) return available();
+  if (out->element_count() == 0) return ffi::Error::Success();
   return execute(decode_plan(stack, out->typed_data<float>()), pool);
 }
 
