@@ -154,5 +154,5 @@ def repeated(model: UPGModel, layers: int) -> UPGModel:
 
     params = {**model.params, "layers": {key: repeat(w) for key, w in model.params["layers"].items()}}
     return dataclasses.replace(
-        model, params=params, config=dataclasses.replace(model.config, num_layers=layers)
+        model, params=params, config=dataclasses.replace(model.config, layers=(0,) * layers)
     )

@@ -11,31 +11,35 @@ import pytest
 from helpers.hf_llama import compressed_model, dense_model, repeated
 
 from upg_jax.models import forward, init_cache
-from upg_jax.models._attention import attend, attend_cached, window_lengths
-from upg_jax.models._cache import read, write
+from upg_jax.models._attention import Scores, attend, attend_cached, window_lengths
+from upg_jax.models._cache import positions_in, read, write
 
 
-def filled(stacked, layers=2, batch=3, heads=2, capacity=5, dim=4):
-    shape = (batch, heads, capacity, dim)
-    if stacked:
-        return jnp.zeros((layers, *shape))
-    return tuple(jnp.zeros(shape) for _ in range(layers))
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-def test_tokens_are_stored_at_their_positions_and_dropped_beyond_the_capacity(stacked):
+def test_tokens_are_stored_at_their_places_and_dropped_beyond_the_length():
     rng = np.random.default_rng(0)
     new = rng.normal(size=(3, 2, 2, 4)).astype(np.float32)
-    positions = np.array([[0, 1], [4, 5], [5, 3]])
+    targets = np.array([[0, 1], [4, 5], [5, 3]])
     expected = np.zeros((2, 3, 2, 5, 4), np.float32)
     for row in range(3):
         for token in range(2):
-            if positions[row, token] < 5:
-                expected[1, row, :, positions[row, token]] = new[row, token]
-    buffers = write(filled(stacked), 1, jnp.asarray(new), jnp.asarray(positions))
+            if targets[row, token] < 5:
+                expected[1, row, :, targets[row, token]] = new[row, token]
+    buffer = write(jnp.zeros((2, 3, 2, 5, 4)), 1, jnp.asarray(new), jnp.asarray(targets))
     for layer in range(2):
-        np.testing.assert_array_equal(read(buffers, layer, 5), expected[layer])
-        np.testing.assert_array_equal(read(buffers, layer, 2), expected[layer][:, :, :2])
+        np.testing.assert_array_equal(read(buffer, layer, 5), expected[layer])
+        np.testing.assert_array_equal(read(buffer, layer, 2), expected[layer][:, :, :2])
+
+
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_positions_of_a_ring_are_those_stored_last(length):
+    filled = np.arange(20)
+    expected = np.full((20, length), -1)
+    for row, tokens in enumerate(filled):
+        for position in range(tokens):
+            expected[row, position % length] = position
+    found = np.array(positions_in(jnp.asarray(filled, jnp.int32), length, length))
+    found[found < 0] = -1
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("unrolled", "growth"), [(False, 1.5), (True, 2.0)])
@@ -49,18 +53,24 @@ def test_windows_grow_little_by_little_up_to_the_capacity(capacity, unrolled, gr
     assert window_lengths(capacity, 100, unrolled) == enough
 
 
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 150])
-def test_attention_over_a_window_equals_attention_over_the_whole_cache(stacked, length):
+def test_attention_over_what_is_filled_equals_attention_over_all(layers, window, length):
     rng = np.random.default_rng(length)
+    scores = Scores(0.3, cap=2.0, window=window)
     q = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
-    # Beyond the filled part lies garbage, as after a shorter answer.
-    k, v = (jnp.asarray(rng.normal(size=(1, 1, 2, 150, 8)), jnp.float32) for _ in range(2))
-    positions = jnp.full((1, 1), length - 1, jnp.int32)
-    keys, values = (k, v) if stacked else ((k[0],), (v[0],))
-    windowed = jax.jit(attend_cached, static_argnums=3)(q, keys, values, 0, positions, jnp.int32(length))
-    exact = attend(q, k[0, :, :, :length], v[0, :, :, :length], positions)
-    np.testing.assert_allclose(windowed, exact, atol=1e-6, rtol=0)
+    k, v = (jnp.asarray(rng.normal(size=(1, length, 2, 8)), jnp.float32) for _ in range(2))
+    held = 150 if window is None else window
+    # Where nothing is stored lies garbage, as after a shorter answer.
+    garbage = jnp.asarray(rng.normal(size=(layers, 1, 2, held, 8)), jnp.float32)
+    places = jnp.where(np.arange(length) >= length - held, np.arange(length) % held, held)[None]
+    buffers = tuple(write(garbage, layers - 1, x, places) for x in (k, v))
+    past, new = jnp.array([length - 1]), [x[:, -1:] for x in (k, v)]
+    cached = jax.jit(attend_cached, static_argnums=(4, 7, 8))
+    out, buffers = cached(q, *new, buffers, layers - 1, past, jnp.array([1]), 150, scores)
+    exact = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), past[None], jnp.arange(length)[None], scores)
+    np.testing.assert_allclose(out, exact, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model", [dense_model, compressed_model])

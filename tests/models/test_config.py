@@ -29,7 +29,7 @@ def test_defaults_are_those_of_transformers():
     assert config.head_dim == theirs.head_dim
     assert config.max_position_embeddings == theirs.max_position_embeddings
     assert config.rms_norm_eps == theirs.rms_norm_eps
-    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert config.kinds[0].rope.frequencies[1] == np.float32(theirs.rope_parameters["rope_theta"] ** -0.5)
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     assert config.attention_bias == theirs.attention_bias
     assert config.mlp_bias == theirs.mlp_bias
@@ -47,8 +47,10 @@ def test_old_and_new_keys_of_rope_mean_the_same():
     "kind", [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}], ids=["old", "new"]
 )
 def test_linear_scaling_is_read_under_both_names(kind):
-    rope = parse_config({**MINIMAL, "rope_scaling": kind}).rope
-    assert (rope.kind, rope.factor, rope.theta) == ("linear", 2.0, 10000.0)
+    frequencies = [
+        parse_config(c).kinds[0].rope.frequencies for c in ({**MINIMAL, "rope_scaling": kind}, MINIMAL)
+    ]
+    np.testing.assert_array_equal(frequencies[0], np.divide(frequencies[1], 2))
 
 
 @pytest.mark.parametrize(
@@ -56,11 +58,13 @@ def test_linear_scaling_is_read_under_both_names(kind):
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture ['MambaForCausalLM'] is not supported; this build knows LlamaForCausalLM",
+            "architecture ['MambaForCausalLM'] is not supported; this build knows Gemma2ForCausalLM, "
+            "Gemma3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Phi3ForCausalLM, "
+            "Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         (
             {"architectures": None, "model_type": "gpt2"},
-            "architecture 'gpt2' is not supported; this build knows LlamaForCausalLM",
+            "architecture 'gpt2' is not supported; this build knows Gemma2ForCausalLM",
         ),
         ({"architectures": None}, "architecture None is not supported"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
@@ -78,7 +82,7 @@ def test_linear_scaling_is_read_under_both_names(kind):
         ({"num_local_experts": 8}, "'num_local_experts' = 8 is not supported"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope type 'yarn' is not supported; this build knows default, linear, llama3",
+            "rope type 'yarn' is not supported; this build knows default, linear, llama3, longrope",
         ),
         ({"rope_scaling": {"type": "linear"}}, "rope 'factor' must be a positive number; got None"),
         ({"rope_scaling": "linear"}, "rope parameters must be an object; got 'linear'"),
@@ -121,6 +125,6 @@ def test_rope_frequencies_equal_those_of_transformers(rope, dim):
     theirs = LlamaRotaryEmbedding(
         transformers.LlamaConfig(**MINIMAL | {"head_dim": dim}, rope_parameters=rope)
     )
-    ours = parse_config({**MINIMAL, "head_dim": dim, "rope_parameters": rope}).rope.frequencies(dim)
+    ours = parse_config({**MINIMAL, "head_dim": dim, "rope_parameters": rope}).kinds[0].rope.frequencies
     # They round to float32 along the way, we at the end.
     np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=2e-6, atol=0)

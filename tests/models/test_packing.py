@@ -59,7 +59,7 @@ def test_matrices_of_other_kinds_are_not_joined(other):
 
 
 def params_of(model: UPGModel) -> Any:
-    return pack_params(model.params, model.config.num_layers)
+    return pack_params(model.params)
 
 
 def logits(model: UPGModel, params: Any) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_matrices_stored_one_by_one_are_joined_too():
             )
     layers["k_proj"] = (layers["k_proj"][0], jnp.asarray(decode_layer(layers["k_proj"][1])))
     params = {**model.params, "layers": layers}
-    packed = pack_params(params, model.config.num_layers)
+    packed = pack_params(params)
     # One layer's keys are dense: nothing of the attention's inputs is joined.
     assert {"q_proj", "k_proj", "v_proj", "gate_proj+up_proj"} < packed["layers"].keys()
     assert isinstance(packed["layers"]["gate_proj+up_proj"], MdCSR)
@@ -104,7 +104,7 @@ def test_a_layer_that_no_other_index_can_hold_keeps_its_own(monkeypatch):
     deltas[0, 1] = 0  # two entries of the first row on one column: structurally valid, and added up
     layers["o_proj"] = dataclasses.replace(layers["o_proj"], delta_indices=jnp.asarray(deltas)).validate()
     params = {**model.params, "layers": layers}
-    packed = pack_params(params, model.config.num_layers)
+    packed = pack_params(params)
     assert packed["layers"]["o_proj"].index == "delta8"
     assert packed["layers"]["down_proj"].index == "mask"
     np.testing.assert_allclose(logits(model, packed), logits(model, params), atol=TOLERANCE, rtol=0)

@@ -54,9 +54,11 @@ def test_every_tensor_reaches_its_slot():
     np.testing.assert_array_equal(params["embed_tokens"], found["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params["norm"], found["model.norm.weight"])
     np.testing.assert_array_equal(params["lm_head"], found["lm_head.weight"])
-    assert set(params["layers"]) == {key.split(".")[-2] for key in BLOCK}
+    slots = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    slots = {key: slots.get(name := key.split(".")[-2], name) for key in BLOCK}
+    assert set(params["layers"]) == set(slots.values())
     for key in BLOCK:
-        slot = params["layers"][key.split(".")[-2]]
+        slot = params["layers"][slots[key]]
         for i in range(2):
             np.testing.assert_array_equal(slot[i], found[f"model.layers.{i}.{key}"])
 
@@ -131,7 +133,7 @@ def test_leftovers_of_old_checkpoints_are_ignored():
 def test_dense_weights_take_the_activations_dtype_and_a_looked_up_embedding_keeps_its_own():
     params = load_tensors(tensors(np.float32), "bfloat16")
     assert params["norm"].dtype == params["lm_head"].dtype == jnp.bfloat16
-    assert params["layers"]["q_proj"][0].dtype == params["layers"]["input_layernorm"].dtype == jnp.bfloat16
+    assert params["layers"]["q_proj"][0].dtype == params["layers"]["attention_norm"].dtype == jnp.bfloat16
     assert params["embed_tokens"].dtype == jnp.float32
     # Tied, it is also the head.
     assert load_tensors(tensors(), "bfloat16", tie_word_embeddings=True)["embed_tokens"].dtype == jnp.bfloat16

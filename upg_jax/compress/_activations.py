@@ -30,12 +30,12 @@ _BATCH_TOKENS = 4096
 class _Notes:
     """Stands for a projection whose output is not known yet: notes its input."""
 
-    slot: str
+    key: str
     rows: int
     inputs: dict[str, jax.Array]
 
     def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
-        self.inputs[self.slot] = x
+        self.inputs[self.key] = x
         return jnp.zeros((*x.shape[:-1], self.rows), x.dtype)
 
 
@@ -74,16 +74,16 @@ def run_network(
     slots = {weight.slot: weight for weight in weights}
     params = {slot: jnp.asarray(read(slots[slot].name), jnp.float32) for slot in ("embed_tokens", "norm")}
     windows = math.gcd(ids.shape[0], max(1, _BATCH_TOKENS // ids.shape[1]))
-    stream = [embed(params, jnp.asarray(batch)) for batch in np.split(ids, ids.shape[0] // windows)]
+    stream = [embed(params, config, jnp.asarray(batch)) for batch in np.split(ids, ids.shape[0] // windows)]
     del params
     in_layers = [weight for weight in weights if weight.per_layer]
-    shapes = tuple((weight.slot, weight.shape[0]) for weight in in_layers if weight.linear)
-    one = dataclasses.replace(config, num_layers=1)
+    shapes = tuple((key, w.shape[0]) for w in in_layers if w.linear for key in _keys(w))
     groups: list[list[str]] = []
     for layer in range(config.num_layers):
-        names = {weight.slot: weight.name.format(layer=layer) for weight in in_layers}
+        one = config.only(layer)
+        names = {key: name for w in in_layers for key, name in zip(_keys(w), w.names_in(layer), strict=True)}
         others = {
-            weight.slot: jnp.asarray(read(names[weight.slot]), jnp.float32)[None]
+            weight.slot: jnp.asarray(read(weight.names_in(layer)[0]), jnp.float32)[None]
             for weight in in_layers
             if not weight.linear
         }
@@ -91,18 +91,32 @@ def run_network(
         given: list[dict[str, jax.Array]] = [{} for _ in stream]
         for group in groups:
             inputs = [
-                _input_of(others, known, x, config=one, shapes=shapes, slot=group[0])
+                _input_of(others, known, x, config=one, shapes=shapes, key=group[0])
                 for known, x in zip(given, stream, strict=True)
             ]
-            matrices = visit([names[slot] for slot in group], inputs)
-            for slot in group:
-                matrix = jnp.asarray(matrices[names[slot]], jnp.float32)
+            matrices = visit([names[key] for key in group], inputs)
+            for key in group:
+                matrix = jnp.asarray(matrices[names[key]], jnp.float32)
                 for known, x in zip(given, inputs, strict=True):
-                    known[slot] = _product(x, matrix)
+                    known[key] = _product(x, matrix)
         stream = [_output_of(others, known, x, config=one) for known, x in zip(given, stream, strict=True)]
     if "lm_head" in slots:
         norm = jnp.asarray(read(slots["norm"].name), jnp.float32)
         visit([slots["lm_head"].name], [_input_of_head(norm, x, config=config) for x in stream])
+
+
+def _keys(weight: Weight) -> list[str]:
+    """What stands for a layer's matrices of one slot here: the slot itself, or one key for each expert."""
+    return [f"{weight.slot}:{i:04d}" for i in range(weight.experts)] or [weight.slot]
+
+
+def _by_slot(projections: Mapping[str, Any]) -> dict[str, Any]:
+    """The projections of a model's only layer, as its parameters have them."""
+    found: dict[str, Any] = {}
+    for key in sorted(projections):
+        slot = key.partition(":")[0]
+        found[slot] = (*found.get(slot, ()), projections[key])
+    return found
 
 
 def _groups(config: DecoderConfig, shapes: Shapes, others: Others, x: jax.Array) -> list[list[str]]:
@@ -112,34 +126,32 @@ def _groups(config: DecoderConfig, shapes: Shapes, others: Others, x: jax.Array)
     class Note(_Notes):
         def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
             if seen and seen[-1][0] is x:
-                seen[-1][1].append(self.slot)
+                seen[-1][1].append(self.key)
             else:
-                seen.append((x, [self.slot]))
+                seen.append((x, [self.key]))
             return super().__call__(x, bias)
 
     def block(others: Others, x: jax.Array) -> jax.Array:
-        projections = {slot: (Note(slot, rows, {}),) for slot, rows in shapes}
+        projections = _by_slot({key: Note(key, rows, {}) for key, rows in shapes})
         return run_layers(others | projections, config, x)[0]
 
     jax.eval_shape(block, others, x)
     return [group for _, group in seen]
 
 
-@partial(jax.jit, static_argnames=("config", "shapes", "slot"))
+@partial(jax.jit, static_argnames=("config", "shapes", "key"))
 def _input_of(
-    others: Others, given: Others, x: jax.Array, *, config: DecoderConfig, shapes: Shapes, slot: str
+    others: Others, given: Others, x: jax.Array, *, config: DecoderConfig, shapes: Shapes, key: str
 ) -> jax.Array:
     inputs: dict[str, jax.Array] = {}
-    projections = {
-        name: (_Given(given[name]) if name in given else _Notes(name, rows, inputs),) for name, rows in shapes
-    }
-    run_layers({**others, **projections}, config, x)
-    return inputs[slot]
+    projections = {k: _Given(given[k]) if k in given else _Notes(k, rows, inputs) for k, rows in shapes}
+    run_layers(others | _by_slot(projections), config, x)
+    return inputs[key]
 
 
 @partial(jax.jit, static_argnames="config")
 def _output_of(others: Others, given: Others, x: jax.Array, *, config: DecoderConfig) -> jax.Array:
-    return run_layers({**others, **{name: (_Given(y),) for name, y in given.items()}}, config, x)[0]
+    return run_layers(others | _by_slot({key: _Given(y) for key, y in given.items()}), config, x)[0]
 
 
 @partial(jax.jit, static_argnames="config")

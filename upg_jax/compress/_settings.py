@@ -21,7 +21,7 @@ EMBEDDINGS: tuple[Embedding, ...] = get_args(Embedding)
 # Rows of an embedding are looked up, not multiplied with, so no rule can prune it.
 _EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e\.")
 _TOKENS = re.compile(r"embed_tokens|(^|\.)wte\.|lm_head")
-_DENSE_BY_DEFAULT = re.compile(r"norm|bias|lm_head")
+_DENSE_BY_DEFAULT = re.compile(r"norm|bias|lm_head|block_sparse_moe\.gate\.")
 
 
 @dataclasses.dataclass(frozen=True)

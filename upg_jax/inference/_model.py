@@ -93,7 +93,7 @@ class UPGModel:
             name=os.fspath(path),
         )
         if sum(model.index_bytes.values()) <= _PACK_BYTES if pack is None else pack:
-            return dataclasses.replace(model, params=pack_params(model.params, config.num_layers))
+            return dataclasses.replace(model, params=pack_params(model.params))
         return model
 
     @property

@@ -1,40 +1,70 @@
-"""Grouped-query attention over fresh keys or over the part of a cache that is filled."""
+"""Grouped-query attention over fresh keys, or over what a cache holds."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from upg_jax.models._cache import LayerBuffers, read
+from upg_jax.models._cache import positions_in, read, write
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How queries and keys become weights.
+
+    Attributes:
+        scale: what their products are multiplied by.
+        cap: limits them to +-cap by a hyperbolic tangent; None leaves them.
+        window: positions that a query sees, its own included; None if it sees all before it.
+    """
+
+    scale: float
+    cap: float | None = None
+    window: int | None = None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    scores: Scores,
+) -> jax.Array:
     """Causal attention, accumulated in float32.
 
     Args:
         q: `(batch, tokens, heads, head_dim)`.
-        k: `(batch, kv_heads, length, head_dim)`; the key at index `s` is that of position `s`.
+        k: `(batch, kv_heads, length, head_dim)`.
         v: like `k`.
-        positions: int32 `(batch, tokens)`; a query sees the keys at its own position and before.
+        positions: int32 `(batch, tokens)` of the queries.
+        key_positions: int32 `(batch, length)`; negative where there is no key.
+        scores: how they become weights.
 
     Returns:
         `(batch, tokens, heads * head_dim)` in `q`'s dtype.
     """
     batch, tokens, heads, dim = q.shape
-    kv_heads, length = k.shape[1:3]
+    kv_heads = k.shape[1]
     # One matrix of queries per key head: XLA's CPU backend runs this as a plain batched product, and with more
     # dimensions half as fast. In float32 also for bfloat16, of which it lacks some products.
     groups = (
         q.reshape(batch, tokens, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
     )
     groups, k, v = (x.astype(jnp.float32) for x in (groups, k, v))
-    scores = jnp.einsum("bkqd,bksd->bkqs", groups, k, precision="highest") * dim**-0.5
-    visible = jnp.arange(length)[None, None] <= positions[:, :, None]
+    products = jnp.einsum("bkqd,bksd->bkqs", groups, k, precision="highest") * scores.scale
+    if scores.cap is not None:
+        products = jnp.tanh(products / scores.cap) * scores.cap
+    behind = positions[:, :, None] - key_positions[:, None]
+    visible = (behind >= 0) & (key_positions >= 0)[:, None]
+    if scores.window is not None:
+        visible &= behind < scores.window
     visible = jnp.repeat(visible, heads // kv_heads, axis=1)[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible, products, jnp.finfo(jnp.float32).min), axis=-1)
     out = jnp.einsum("bkqs,bksd->bkqd", weights, v, precision="highest").astype(q.dtype)
     out = out.reshape(batch, kv_heads, tokens, -1, dim).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, tokens, heads * dim)
@@ -42,32 +72,65 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 
 def attend_cached(
     q: jax.Array,
-    keys: LayerBuffers,
-    values: LayerBuffers,
-    layer: Any,
-    positions: jax.Array,
-    filled: jax.Array,
-) -> jax.Array:
-    """`attend` over one layer of a cache, reading little more than its filled part.
+    k: jax.Array,
+    v: jax.Array,
+    buffers: tuple[jax.Array, jax.Array],
+    index: Any,
+    past: jax.Array,
+    counts: jax.Array,
+    capacity: int,
+    scores: Scores,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`attend` over what a layer's cache holds and new tokens, which are stored; reads little more than is filled.
 
-    A decode step is bound by memory, and a cache is mostly empty when an answer begins: which of a few static
-    window lengths is used is chosen at run time.
+    A decode step is bound by memory, and a cache is mostly empty when an answer begins: which of a few static lengths
+    is read is chosen at run time.
 
     Args:
         q: `(batch, tokens, heads, head_dim)`.
-        keys: the cache's keys, all layers.
-        values: the cache's values, all layers.
-        layer: index of the layer.
-        positions: int32 `(batch, tokens)`.
-        filled: int32 scalar, at least the largest of the positions that matter, plus 1.
+        k: `(batch, tokens, kv_heads, head_dim)`.
+        v: like `k`.
+        buffers: keys and values as in `KVCache`, those of this layer at `index`.
+        index: integer, traced or not.
+        past: int32 `(batch,)`, tokens that each sequence had before.
+        counts: int32 `(batch,)`, how many of its new tokens are real.
+        capacity: tokens that a sequence may have.
+        scores: how queries and keys become weights.
+
+    Returns:
+        What `attend` does, and the buffers with the new tokens.
     """
-    one_of = keys[0] if isinstance(keys, tuple) else keys
-    windows = window_lengths(one_of.shape[-2], q.shape[1], isinstance(keys, tuple))
-    branches = [
-        lambda length=length: attend(q, read(keys, layer, length), read(values, layer, length), positions)
-        for length in windows
-    ]
-    return lax.switch(jnp.sum(filled > jnp.asarray(windows[:-1], jnp.int32)), branches)
+    tokens, length = q.shape[1], buffers[0].shape[-2]
+    positions = past[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    full = jnp.minimum(past + counts, capacity)
+    stored = positions < full[:, None]
+    overwrites = tokens > 1 and length < capacity
+    if overwrites:
+        stored &= positions >= full[:, None] - length
+    targets = jnp.where(stored, positions % length, length)
+
+    def over(held: tuple[jax.Array, jax.Array], filled: jax.Array, shortest: int, fresh: bool) -> jax.Array:
+        def branch(n: int) -> jax.Array:
+            keys, values = (read(buffer, index, n) for buffer in held)
+            key_positions = positions_in(filled, n, length)
+            if fresh:
+                keys = jnp.concatenate([keys, k.swapaxes(1, 2)], axis=2)
+                values = jnp.concatenate([values, v.swapaxes(1, 2)], axis=2)
+                key_positions = jnp.concatenate([key_positions, positions], axis=1)
+            return attend(q, keys, values, positions, key_positions, scores)
+
+        windows = window_lengths(length, shortest, buffers[0].shape[0] == 1)
+        which = jnp.sum(jnp.max(filled) > jnp.asarray(windows[:-1], jnp.int32))
+        return lax.switch(which, [lambda n=n: branch(n) for n in windows])
+
+    if overwrites:
+        # Some of what the new tokens overwrite is still seen by the first of them.
+        out = over(buffers, past, 0, fresh=True)
+        out, buffers = lax.optimization_barrier((out, buffers))
+    buffers = (write(buffers[0], index, k, targets), write(buffers[1], index, v, targets))
+    if not overwrites:
+        out = over(buffers, full, tokens, fresh=False)
+    return out, buffers
 
 
 def window_lengths(capacity: int, tokens: int, unrolled: bool) -> list[int]:

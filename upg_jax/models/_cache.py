@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from upg_jax.models._config import DecoderConfig
-
-LayerBuffers: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -22,15 +20,18 @@ class KVCache:
     in one batch without padding between their tokens.
 
     Attributes:
-        keys: `(layers, batch, kv_heads, capacity, head_dim)` where the model's layers run as one loop, else a
-            tuple with one `(batch, kv_heads, capacity, head_dim)` array per layer. Rotated already.
+        keys: arrays `(layers, batch, kv_heads, length, head_dim)`, rotated already: one for each of the model's kinds
+            of layers where they run as a loop, else one for each layer. The length is the capacity, or a sliding
+            window where that is shorter; position `p` is stored at `p % length`.
         values: like `keys`.
-        lengths: int32 `(batch,)`, tokens stored for each sequence; what lies beyond is never read.
+        lengths: int32 `(batch,)`, tokens that each sequence has; what lies beyond is never read.
+        capacity: tokens that each sequence may have.
     """
 
-    keys: LayerBuffers
-    values: LayerBuffers
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     lengths: jax.Array
+    capacity: int
 
     @property
     def batch(self) -> int:
@@ -38,21 +39,16 @@ class KVCache:
         return self.lengths.shape[0]
 
     @property
-    def capacity(self) -> int:
-        """Tokens that each sequence may have."""
-        return (self.keys if isinstance(self.keys, jax.Array) else self.keys[0]).shape[-2]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.keys, self.values)))
 
     def __repr__(self) -> str:
-        buffer = self.keys if isinstance(self.keys, jax.Array) else self.keys[0]
-        return f"KVCache(batch={self.batch}, capacity={self.capacity}, {buffer.dtype}, {self.nbytes / 2**20:.1f} MiB)"
+        size = f"{self.nbytes / 2**20:.1f} MiB"
+        return f"KVCache(batch={self.batch}, capacity={self.capacity}, {self.keys[0].dtype}, {size})"
 
 
-jax.tree_util.register_dataclass(KVCache, data_fields=["keys", "values", "lengths"], meta_fields=[])
+jax.tree_util.register_dataclass(KVCache, data_fields=["keys", "values", "lengths"], meta_fields=["capacity"])
 
 
 def init_cache(config: DecoderConfig, batch: int, capacity: int, *, dtype: Any, stacked: bool) -> KVCache:
@@ -63,36 +59,48 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, *, dtype: Any, 
         batch: sequences.
         capacity: tokens that each sequence may have, prompt and answer together.
         dtype: of keys and values; the activations' dtype.
-        stacked: one array for all layers, for models whose layers run as one loop. Where they are unrolled, an
+        stacked: one array for all layers of a kind, for models whose layers run as a loop. Where they are unrolled, an
             array for each compiles in two thirds of the time and runs the same.
     """
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
 
-    def buffers() -> LayerBuffers:
+    def buffer(layers: int, kind: int) -> jax.Array:
+        window = config.kinds[kind].window
+        length = capacity if window is None else min(window, capacity)
+        return jnp.zeros((layers, batch, config.num_kv_heads, length, config.head_dim), dtype)
+
+    def buffers() -> tuple[jax.Array, ...]:
         if stacked:
-            return jnp.zeros((config.num_layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+            return tuple(buffer(config.layers.count(kind), kind) for kind in range(len(config.kinds)))
+        return tuple(buffer(1, kind) for kind in config.layers)
 
-    return KVCache(keys=buffers(), values=buffers(), lengths=jnp.zeros(batch, jnp.int32))
+    lengths = jnp.zeros(batch, jnp.int32)
+    return KVCache(keys=buffers(), values=buffers(), lengths=lengths, capacity=capacity)
 
 
-def write(buffers: LayerBuffers, layer: Any, new: jax.Array, positions: jax.Array) -> LayerBuffers:
-    """Stores `new (batch, tokens, kv_heads, head_dim)` of one layer at `positions (batch, tokens)`.
+def write(buffer: jax.Array, index: Any, new: jax.Array, targets: jax.Array) -> jax.Array:
+    """Stores `new (batch, tokens, kv_heads, head_dim)` of layer `index` at `targets (batch, tokens)`.
 
-    Positions at or beyond the capacity are dropped.
+    Targets at or beyond the buffer's length are dropped.
     """
     rows = jnp.arange(new.shape[0])[:, None]
-    if isinstance(buffers, tuple):
-        updated = buffers[layer].at[rows, :, positions].set(new, mode="drop")
-        return (*buffers[:layer], updated, *buffers[layer + 1 :])
-    return buffers.at[layer, rows, :, positions].set(new, mode="drop")
+    return buffer.at[index, rows, :, targets].set(new, mode="drop")
 
 
-def read(buffers: LayerBuffers, layer: Any, length: int) -> jax.Array:
-    """Returns the first `length` tokens of one layer, `(batch, kv_heads, length, head_dim)`."""
-    if isinstance(buffers, tuple):
-        return buffers[layer][:, :, :length]
-    _, batch, heads, _, dim = buffers.shape
+def read(buffer: jax.Array, index: Any, length: int) -> jax.Array:
+    """Returns the first `length` places of layer `index`, `(batch, kv_heads, length, head_dim)`."""
+    _, batch, heads, _, dim = buffer.shape
     zero = jnp.zeros((), jnp.int32)
-    start = (jnp.asarray(layer, jnp.int32), zero, zero, zero, zero)
-    return lax.dynamic_slice(buffers, start, (1, batch, heads, length, dim))[0]
+    start = (jnp.asarray(index, jnp.int32), zero, zero, zero, zero)
+    return lax.dynamic_slice(buffer, start, (1, batch, heads, length, dim))[0]
+
+
+def positions_in(filled: jax.Array, places: int, length: int) -> jax.Array:
+    """The position that lies in each of a buffer's first places, int32 `(batch, places)`; negative in an empty one.
+
+    Args:
+        filled: int32 `(batch,)`, tokens that were stored, of which the last `length` remain.
+        places: how many.
+        length: the buffer's.
+    """
+    last = filled[:, None] - 1
+    return last - (last - jnp.arange(places, dtype=jnp.int32)[None]) % length

@@ -1,49 +1,77 @@
-"""What the shared decoder needs to know of a model, and a strict reader for Hugging Face configurations."""
+"""What the shared decoder needs to know of a model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from upg_jax._errors import CheckpointError
-from upg_jax.models._rope import Rope, parse_rope
+from upg_jax.models._rope import Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What the layers of a model may differ in.
+
+    Attributes:
+        rope: rotary position embedding.
+        window: positions that a token sees, its own included; None if it sees all before it.
+    """
+
+    rope: Rope
+    window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder-only transformer: pre-norm residual blocks of grouped-query attention and a gated MLP.
+    """A decoder-only transformer: residual blocks of grouped-query attention and a gated MLP.
 
-    Hashable, so that it can be a static argument of jitted functions.
+    Hashable, so that it can be a static argument of jitted functions. What else a family has shows in its parameters:
+    see `Params`.
 
     Attributes:
         architecture: Hugging Face name of the family's class, e.g. `"LlamaForCausalLM"`.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: inner width of the MLP.
-        num_layers: decoder layers.
+        kinds: the different kinds of layers.
+        layers: for each layer its place in `kinds`.
         num_heads: query heads.
         num_kv_heads: key and value heads; divides `num_heads`.
         head_dim: features of one head; even.
         max_position_embeddings: positions that the model was made for; generation stays within them.
         rms_norm_eps: added to the mean square.
-        rope: rotary position embedding.
+        norm_offset: added to the norms' weights.
+        activation: of the MLP's gate, `"silu"` or `"gelu_tanh"`.
+        attention_scale: what scores are multiplied by.
+        attention_cap: limits scores to +-cap by a hyperbolic tangent; None leaves them.
+        logit_cap: the same for logits.
+        embedding_scale: what embeddings are multiplied by.
+        experts: MLPs of a layer that a router chooses among; 0 without one.
+        experts_per_token: how many it chooses.
         tie_word_embeddings: the head is the embedding.
-        attention_bias: the four attention projections have biases.
-        mlp_bias: the three MLP projections have biases.
+        attention_bias: all attention projections have biases.
+        mlp_bias: the MLP's projections have biases.
     """
 
     architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
+    kinds: tuple[LayerKind, ...]
+    layers: tuple[int, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: Rope
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    attention_scale: float
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    experts: int = 0
+    experts_per_token: int = 0
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -58,81 +86,17 @@ class DecoderConfig:
             raise CheckpointError(
                 f"model config: head_dim must be even for rotary positions; got {self.head_dim}"
             )
+        if self.experts_per_token > self.experts:
+            raise CheckpointError(
+                f"model config: num_experts_per_tok must be at most num_local_experts; got {self.experts_per_token} "
+                f"and {self.experts}"
+            )
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
 
-# Settings of other architectures that change what a model computes, each with the values that change nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "layer_types": (None,),
-    "num_local_experts": (None, 0),
-    "num_experts": (None, 0),
-    "partial_rotary_factor": (None, 1.0),
-    "rope_interleaved": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "embedding_multiplier": (None, 1.0),
-    "residual_multiplier": (None, 1.0),
-    "attention_multiplier": (None,),
-    "logits_scaling": (None, 1.0),
-    "no_rope_layers": (None,),
-    "no_rope_layer_interval": (None,),
-}
-
-
-class ConfigReader:
-    """Reads a Hugging Face configuration, naming the key in every complaint."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
-
-    def positive(self, key: str, default: int | None = None) -> int:
-        """An integer of at least 1; required if there is no default."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"model config: {key!r} must be a positive integer; got {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0; required if there is no default."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise CheckpointError(f"model config: {key!r} must be a positive number; got {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"model config: {key!r} must be true or false; got {value!r}")
-        return value
-
-    def one_of(self, key: str, known: tuple[str, ...], default: str) -> str:
-        """One of the known strings."""
-        value = self._get(key, default)
-        if value not in known:
-            raise CheckpointError(f"model config: {key!r} must be one of {', '.join(known)}; got {value!r}")
-        return value
-
-    def rope(self) -> Rope:
-        """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-        return parse_rope(self._config)
-
-    def refuse_other_features(self, supported: tuple[str, ...] = ()) -> None:
-        """Refuses settings that would change the result and that this family does not implement.
-
-        Args:
-            supported: keys of such settings that the family does implement.
-        """
-        for key, neutral in _NEUTRAL.items():
-            if key not in supported and self._config.get(key) not in neutral:
-                raise CheckpointError(
-                    f"model config: {key!r} = {self._config[key]!r} is not supported for this architecture"
-                )
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self._config.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"model config: {key!r} is missing")
-        return value
+    def only(self, layer: int) -> DecoderConfig:
+        """The configuration of a model that has this layer alone."""
+        return dataclasses.replace(self, layers=(self.layers[layer],))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import chex
@@ -10,20 +12,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from upg_jax.models._attention import attend, attend_cached
-from upg_jax.models._cache import KVCache, LayerBuffers, write
+from upg_jax.models._attention import Scores, attend, attend_cached
+from upg_jax.models._cache import KVCache
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._embedding import look_up
-from upg_jax.models._linear import for_each_layer, linear, project, project_together
+from upg_jax.models._experts import route
+from upg_jax.models._linear import for_each_layer, is_stacked, linear, project, project_together
 from upg_jax.models._rope import rotate
 
 Params: TypeAlias = dict[str, Any]
 """`embed_tokens (vocab, hidden)`, an array or an `MdCSR` of index `"dense"`; `norm (hidden,)`; `lm_head` (a `Linear`,
-absent if tied); and `layers`: for each projection its `Linears` (and `NAME.bias (layers, out)`), and the norms' weights
-`(layers, hidden)`. Projections that share their input may be one with all rows, named `joined(names)`."""
+absent if tied); and `layers`:
+
+* for each projection its `Linears` (and `NAME.bias (layers, out)`): `q_proj`, `k_proj`, `v_proj`, `o_proj`,
+  `gate_proj`, `up_proj`, `down_proj`. Projections that share their input may be one with all rows, named
+  `joined(names)`.
+* norms `(layers, hidden)`: `attention_norm` and `mlp_norm` of the inputs, and where a family has them
+  `attention_post_norm` and `mlp_post_norm` of the outputs, `q_norm` and `k_norm (layers, head_dim)`.
+* for a mixture of experts `router (layers, experts, hidden)`, and the MLP's projections as `experts.NAME`, those of all
+  experts of the first layer before those of the second."""
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_INPUTS = ("gate_proj", "up_proj")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def forward(
@@ -54,7 +69,7 @@ def forward(
         tokens, None without one.
     """
     chex.assert_rank(ids, 2)
-    x, kv = run_layers(params["layers"], config, embed(params, ids), cache, counts=counts)
+    x, kv = run_layers(params["layers"], config, embed(params, config, ids), cache, counts=counts)
     if last_only:
         counts = jnp.full(ids.shape[0], ids.shape[1], jnp.int32) if counts is None else counts
         x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
@@ -62,15 +77,19 @@ def forward(
     return (logits[:, 0] if last_only else logits), kv
 
 
-def embed(params: Params, ids: jax.Array) -> jax.Array:
+def embed(params: Params, config: DecoderConfig, ids: jax.Array) -> jax.Array:
     """The residual stream `(batch, tokens, hidden)` of new tokens, before the first layer."""
-    return look_up(params["embed_tokens"], ids).astype(params["norm"].dtype)
+    dtype = params["norm"].dtype
+    x = look_up(params["embed_tokens"], ids).astype(dtype)
+    return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, dtype)
 
 
 def head(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Array:
     """Logits, float32 `(..., vocab)`, of the residual stream after the last layer."""
     weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
-    return linear(_norm(x, params["norm"], config), weight).astype(jnp.float32)
+    logits = linear(_norm(x, params["norm"], config), weight).astype(jnp.float32)
+    cap = config.logit_cap
+    return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
 def run_layers(
@@ -85,7 +104,7 @@ def run_layers(
 
     Args:
         layers: the `layers` of `Params`.
-        config: the model's; its `num_layers` layers are run.
+        config: the model's; see also `DecoderConfig.only`.
         x: `(batch, tokens, hidden)`.
         cache: as for `forward`.
         counts: as for `forward`.
@@ -100,42 +119,64 @@ def run_layers(
     past = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
     chex.assert_shape(past, (batch,))
     positions = past[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-    cos, sin = config.rope.angles(positions, config.head_dim)
+    context = tokens if cache is None else cache.capacity
+    angles = [kind.rope.angles(positions, context) for kind in config.kinds]
+    stacked = is_stacked(layers)
 
-    def attention(x: jax.Array, layer: Any, kv: tuple[LayerBuffers, LayerBuffers] | None) -> Any:
+    def normed(name: str, x: jax.Array, layer: Any) -> jax.Array:
+        return _norm(x, layers[name][layer], config) if name in layers else x
+
+    def attention(x: jax.Array, layer: Any, kind: int, kv: Any) -> tuple[jax.Array, Any]:
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         sizes = [count * config.head_dim for count in heads]
         q, k, v = (
             y.reshape(batch, tokens, -1, config.head_dim)
             for y in project_together(x, layers, ATTENTION_INPUTS, sizes, layer)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None or kv is None:
-            out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions)
+        q, k = (rotate(normed(name, y, layer), *angles[kind]) for name, y in (("q_norm", q), ("k_norm", k)))
+        scores = Scores(config.attention_scale, config.attention_cap, config.kinds[kind].window)
+        if cache is None:
+            out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, scores)
         else:
-            real = jnp.arange(tokens)[None] < counts[:, None]
-            targets = jnp.where(real, positions, cache.capacity)
-            kv = write(kv[0], layer, k, targets), write(kv[1], layer, v, targets)
-            out = attend_cached(q, *kv, layer, positions, jnp.max(past + counts))
+            at, index = _place(config, layer, kind, stacked)
+            held = (kv[0][at], kv[1][at])
+            out, held = attend_cached(q, k, v, held, index, past, counts, cache.capacity, scores)
+            kv = tuple((*b[:at], new, *b[at + 1 :]) for b, new in zip(kv, held, strict=True))
         return project(out, layers, "o_proj", layer), kv
 
-    def block(layer: Any, carry: Any) -> Any:
+    def mlp(x: jax.Array, layer: Any) -> jax.Array:
+        activation = ACTIVATIONS[config.activation]
+        if config.experts:
+            return route(x, layers, config, activation, layer)
+        gate, up = project_together(x, layers, MLP_INPUTS, [config.intermediate_size] * 2, layer)
+        return project(activation(gate) * up, layers, "down_proj", layer)
+
+    def block(layer: Any, kind: int, carry: Any) -> Any:
         x, kv = carry
-        attended, kv = attention(_norm(x, layers["input_layernorm"][layer], config), layer, kv)
-        x = x + attended
-        y = _norm(x, layers["post_attention_layernorm"][layer], config)
-        gate, up = project_together(y, layers, MLP_INPUTS, [config.intermediate_size] * 2, layer)
-        return x + project(jax.nn.silu(gate) * up, layers, "down_proj", layer), kv
+        y, kv = attention(normed("attention_norm", x, layer), layer, kind, kv)
+        x = x + normed("attention_post_norm", y, layer)
+        y = mlp(normed("mlp_norm", x, layer), layer)
+        return x + normed("mlp_post_norm", y, layer), kv
 
     kv = None if cache is None else (cache.keys, cache.values)
-    x, kv = for_each_layer(block, (x, kv), layers, config.num_layers)
+    x, kv = for_each_layer(block, (x, kv), config.layers, stacked)
     if cache is None or kv is None:
         return x, None
     return x, dataclasses.replace(cache, keys=kv[0], values=kv[1], lengths=past + counts)
 
 
+def _place(config: DecoderConfig, layer: Any, kind: int, stacked: bool) -> tuple[int, Any]:
+    """Where a layer's keys are: which array of the cache, and where in it."""
+    if not stacked:
+        return layer, 0
+    # How many layers of its kind come before each.
+    before = [config.layers[:i].count(of) for i, of in enumerate(config.layers)]
+    return kind, layer if len(config.kinds) == 1 else jnp.asarray(before, jnp.int32)[layer]
+
+
 def _norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
-    """RMSNorm in float32, rounded to `x`'s dtype before the weight is applied, as in the original models."""
+    """RMSNorm over the last axis, in float32; rounded to `x`'s dtype once."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
-    return y.astype(x.dtype) * weight[None, None]
+    weight = config.norm_offset + weight.astype(jnp.float32)
+    return (y * weight.reshape(*[1] * (y.ndim - 1), -1)).astype(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -18,7 +19,7 @@ Linear: TypeAlias = jax.Array | MdCSR | Callable[[jax.Array, jax.Array | None], 
 bias."""
 
 Linears: TypeAlias = MdCSR | tuple[Linear, ...]
-"""One projection of all layers: a stack that is read in place, or a matrix per layer."""
+"""One projection of all layers, or of all their experts: a stack that is read in place, or a matrix for each."""
 
 Carry = TypeVar("Carry")
 
@@ -46,29 +47,33 @@ def _dense_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return y[:count].reshape(*x.shape[:-1], -1)
 
 
-def project(x: jax.Array, layers: Mapping[str, Any], name: str, layer: Any) -> jax.Array:
-    """Applies projection `name` of layer number `layer`.
+def project(x: jax.Array, layers: Mapping[str, Any], name: str, index: Any) -> jax.Array:
+    """Applies projection `name` of a layer, or of one of its experts for each group of vectors.
 
     Args:
         x: `(..., in)`.
         layers: the decoder's `layers` parameters: `name` holds the matrices (`Linears`), and `name.bias`, where
             there is one, the biases `(layers, out)`.
         name: of the projection.
-        layer: index; traced where `is_stacked(layers)`, else a Python integer.
+        index: which of them: a Python integer, traced if they are a stack, or int32 `(groups,)` for `x` of
+            `(groups, ..., in)`.
     """
     weight = layers[name]
-    bias = _bias(layers, name, layer)
-    if isinstance(weight, tuple):
-        return linear(x, weight[layer], bias)
-    return sparse_dense(x, weight, bias, index=layer)
+    if isinstance(weight, MdCSR):
+        return sparse_dense(x, weight, _bias(layers, name, index), index=index)
+    if isinstance(index, int):
+        return linear(x, weight[index], _bias(layers, name, index))
+    # A choice among branches reads the chosen matrix in place.
+    branches = [partial(linear, weight=w) for w in weight]
+    return lax.map(lambda group: lax.switch(group[1], branches, group[0]), (x, index))
 
 
-def _bias(layers: Mapping[str, Any], name: str, layer: Any) -> jax.Array | None:
-    return layers[f"{name}.bias"][layer] if f"{name}.bias" in layers else None
+def _bias(layers: Mapping[str, Any], name: str, index: Any) -> jax.Array | None:
+    return layers[f"{name}.bias"][index] if f"{name}.bias" in layers else None
 
 
 def project_together(
-    x: jax.Array, layers: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], layer: Any
+    x: jax.Array, layers: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], index: Any
 ) -> list[jax.Array]:
     """Applies projections that share their input; in one product where one matrix has the rows of them all.
 
@@ -79,18 +84,18 @@ def project_together(
         layers: the decoder's `layers` parameters; `joined(names)` is the key of the matrix with all rows.
         names: of the projections.
         sizes: rows of each.
-        layer: index, as for `project`.
+        index: as for `project`.
     """
-    if joined(names) not in layers:
-        weights = [layers[name] for name in names]
-        biases = [_bias(layers, name, layer) for name in names]
-        if all(isinstance(weight, MdCSR) for weight in weights):
-            return sparse_dense_many(x, weights, biases, index=layer)
-        if all(isinstance(weight, tuple) and isinstance(weight[layer], MdCSR) for weight in weights):
-            return sparse_dense_many(x, [weight[layer] for weight in weights], biases)
-        return [project(x, layers, name, layer) for name in names]
-    y = project(x, layers, joined(names), layer)
-    return jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    if joined(names) in layers:
+        y = project(x, layers, joined(names), index)
+        return jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    weights = [layers[name] for name in names]
+    if all(isinstance(weight, MdCSR) for weight in weights):
+        return sparse_dense_many(x, weights, [_bias(layers, name, index) for name in names], index=index)
+    if all(isinstance(index, int) and isinstance(w, tuple) and isinstance(w[index], MdCSR) for w in weights):
+        biases = [_bias(layers, name, index) for name in names]
+        return sparse_dense_many(x, [weight[index] for weight in weights], biases)
+    return [project(x, layers, name, index) for name in names]
 
 
 def joined(names: Sequence[str]) -> str:
@@ -104,15 +109,42 @@ def is_stacked(layers: Mapping[str, Any]) -> bool:
 
 
 def for_each_layer(
-    body: Callable[[Any, Carry], Carry], carry: Carry, layers: Mapping[str, Any], count: int
+    body: Callable[[Any, int, Carry], Carry], carry: Carry, kinds: Sequence[int], stacked: bool
 ) -> Carry:
-    """Folds `body(layer, carry)` over the layers.
+    """Folds `body(layer, kind, carry)` over the layers.
 
-    One loop with a traced index where the layers are stacked: it compiles a single layer. Otherwise unrolled with
-    Python integers, because slicing a dense matrix out of a stack would copy it at every step.
+    Args:
+        body: is given the layer's index and kind.
+        carry: what it begins with.
+        kinds: of the layers.
+        stacked: loop with a traced index over each stretch that repeats, which compiles one repetition. Otherwise
+            unrolled with Python integers, because slicing a dense matrix out of a stack would copy it at every step.
     """
-    if is_stacked(layers):
-        return lax.fori_loop(0, count, body, carry)
-    for layer in range(count):
-        carry = body(layer, carry)
+    if not stacked:
+        for layer, kind in enumerate(kinds):
+            carry = body(layer, kind, carry)
+        return carry
+    start = 0
+    while start < len(kinds):
+        period, count = repetition(kinds[start:])
+
+        def repeat(i: Any, carry: Carry, start: int = start, period: int = period) -> Carry:
+            for j in range(period):
+                carry = body(start + i * period + j, kinds[start + j], carry)
+            return carry
+
+        carry = lax.fori_loop(0, count, repeat, carry)
+        start += period * count
     return carry
+
+
+def repetition(kinds: Sequence[int]) -> tuple[int, int]:
+    """The period at the beginning of a sequence, and how often it is there, that spare most layers from compilation."""
+    best = (1, 1)
+    for period in range(1, len(kinds) // 2 + 1):
+        count = 1
+        while kinds[count * period : (count + 1) * period] == kinds[:period]:
+            count += 1
+        if period * (count - 1) > best[0] * (best[1] - 1):
+            best = (period, count)
+    return best

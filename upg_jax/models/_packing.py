@@ -15,11 +15,12 @@ from upg_jax._errors import FormatError
 from upg_jax._mdcsr import STATIC_FIELDS, MdCSR
 from upg_jax._pack import pack
 from upg_jax.models._decoder import ATTENTION_INPUTS, MLP_INPUTS, Params
+from upg_jax.models._experts import EXPERT_INPUTS
 from upg_jax.models._linear import Linears, joined
 from upg_jax.models._weights import stack_layers
 
 
-def pack_params(params: Params, count: int) -> Params:
+def pack_params(params: Params) -> Params:
     """Returns parameters that decode faster and mean the same: a copy of the compressed planes, made on the host.
 
     Projections that share their input become one, and every compressed matrix takes the `index` that multiplies fastest
@@ -27,11 +28,11 @@ def pack_params(params: Params, count: int) -> Params:
 
     Args:
         params: the decoder's.
-        count: number of layers.
     """
     layers = params["layers"]
-    for names in (ATTENTION_INPUTS, MLP_INPUTS):
-        layers = join_projections(layers, names, count)
+    for names in (ATTENTION_INPUTS, MLP_INPUTS, EXPERT_INPUTS):
+        if all(name in layers for name in names):
+            layers = join_projections(layers, names)
     packed = {key: _pack_all(weights) for key, weights in layers.items()}
     head = {"lm_head": _pack(params["lm_head"])} if "lm_head" in params else {}
     return {**params, **head, "layers": packed}
@@ -53,7 +54,7 @@ def _pack_all(weights: Any) -> Any:
     return jax.tree.map(jnp.asarray, packed)
 
 
-def join_projections(layers: Mapping[str, Any], names: Sequence[str], count: int) -> dict[str, Any]:
+def join_projections(layers: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Returns a decoder's `layers` parameters with compressed projections joined, on the host, layer by layer.
 
     Unchanged where the projections are not compressed alike, or only some have a bias.
@@ -61,8 +62,9 @@ def join_projections(layers: Mapping[str, Any], names: Sequence[str], count: int
     Args:
         layers: the decoder's `layers` parameters.
         names: projections that share their input, in the order in which their outputs are split.
-        count: number of layers.
     """
+    first = layers[names[0]]
+    count = len(first) if isinstance(first, tuple) else first.stack_size
     biases = [layers[f"{name}.bias"] for name in names if f"{name}.bias" in layers]
     parts = [[matrix_of(layers[name], i) for name in names] for i in range(count)]
     if not all(map(can_join, parts)) or len(biases) not in (0, len(names)):

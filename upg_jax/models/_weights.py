@@ -27,12 +27,14 @@ class Weight:
         name: the checkpoint's tensor name.
         shape: of one tensor.
         linear: a matrix that is multiplied by, and may be compressed.
+        experts: how many of them a layer has, one for each `{expert}` of the name; 0 if there is none in it.
     """
 
     slot: str
     name: str
     shape: tuple[int, ...]
     linear: bool = False
+    experts: int = 0
 
     @property
     def per_layer(self) -> bool:
@@ -40,8 +42,14 @@ class Weight:
         return "{layer}" in self.name
 
     def names(self, layers: int) -> list[str]:
-        """The tensors' names."""
-        return [self.name.format(layer=i) for i in range(layers)] if self.per_layer else [self.name]
+        """The tensors' names; those of a layer's experts side by side."""
+        if not self.per_layer:
+            return [self.name]
+        return [name for i in range(layers) for name in self.names_in(i)]
+
+    def names_in(self, layer: int) -> list[str]:
+        """The names of one layer's tensors."""
+        return [self.name.format(layer=layer, expert=i) for i in range(max(self.experts, 1))]
 
 
 class WeightSource(Protocol):
