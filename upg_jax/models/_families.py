@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from upg_jax._errors import CheckpointError
-from upg_jax.models import _llama
+from upg_jax.models import _gemma, _llama, _mistral, _mixtral, _phi3, _qwen2, _qwen3
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._weights import Weight, WeightSource, load_params
 
-_FAMILIES = {family.architecture: family for family in (_llama.FAMILY,)}
+_FAMILIES = {
+    family.architecture: family
+    for family in (
+        _llama.FAMILY,
+        _mistral.FAMILY,
+        _mixtral.FAMILY,
+        _phi3.FAMILY,
+        _qwen2.FAMILY,
+        _qwen3.FAMILY,
+        _gemma.GEMMA_2,
+        _gemma.GEMMA_3,
+    )
+}
 _MODEL_TYPES = {family.model_type: family.architecture for family in _FAMILIES.values()}
 
 
