@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_llama import compressed_model, dense_model, make
 
-from upg_jax.inference import _generate, _steps
+from upg_jax.inference import _generate
 from upg_jax.inference._steps import cache_capacity, chunk_length
 
 NEW = 20
@@ -119,24 +120,98 @@ def test_streaming_gives_the_same_tokens_and_the_reason_last(model, alone):
         assert (end.id, end.finish_reason) == (None, answer.finish_reason)
 
 
-def test_nothing_compiles_after_a_warm_up(model):
-    def compiled():
-        return [f._cache_size() for f in (_steps.prefill, _steps.first_tokens, _steps.decode)]
+@pytest.fixture
+def compilations():
+    """Counts programs that XLA compiles, whoever asks for them."""
+    from jax import monitoring
 
+    counted, counting = [], [True]
+
+    def count(event, duration, **_):
+        if counting and event == "/jax/core/compile/backend_compile_duration":
+            counted.append(event)
+
+    monitoring.register_event_duration_secs_listener(count)
+    yield counted
+    counting.clear()
+
+
+def test_nothing_compiles_after_a_warm_up(model, compilations):
     model.generate(prompt_of(20), max_new_tokens=4)
-    before = compiled()
+    warm = len(compilations)
     for length, settings in [
         (17, {}),
         (32, {"max_new_tokens": 9}),
         (25, {"temperature": 0.7, "seed": 1}),
-        (31, {"temperature": 1.3, "top_k": 7, "top_p": 0.5, "max_new_tokens": 60}),
+        (31, {"temperature": 1.3, "top_k": 7, "top_p": 0.5, "min_p": 0.1, "max_new_tokens": 60}),
         (18, {"stop_at_eos": False}),
+        (19, {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": 0.1}),
+        (20, {"logit_bias": {5: -100.0}, "logprobs": 3}),
     ]:
         model.generate(prompt_of(length), **{"max_new_tokens": 4, **settings})
         list(model.stream(prompt_of(length), **{"max_new_tokens": 4, **settings}))
     # Another model of the same shapes, too.
     dense_model("everything").generate(prompt_of(20), max_new_tokens=4)
-    assert compiled() == before
+    assert len(compilations) == warm
+    jax.jit(lambda x: x + warm)(1.0)
+    assert len(compilations) == warm + 1
+
+
+def test_log_probabilities_are_those_of_transformers(model, alone):
+    import torch
+
+    reference, _, _ = make("everything")
+    answers = model.generate(
+        PROMPTS[:3], max_new_tokens=6, logprobs=4, frequency_penalty=0.5, temperature=0.9, top_k=9, seed=1
+    )
+    for prompt, answer in zip(PROMPTS, answers, strict=False):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.double(), dim=-1).numpy()
+        assert len(answer.logprobs) == len(answer.ids)
+        for i, (token, entry) in enumerate(zip(answer.ids, answer.logprobs, strict=True)):
+            assert entry.token == token
+            assert abs(entry.logprob - expected[i, token]) < 1e-4
+            order = np.argsort(-expected[i])[:4]
+            assert [t for t, _ in entry.top] == order.tolist()
+            np.testing.assert_allclose([p for _, p in entry.top], expected[i, order], atol=1e-4)
+    assert alone[0].logprobs is None
+
+
+def test_a_repetition_penalty_gives_the_tokens_of_transformers(model):
+    import torch
+
+    reference, _, _ = make("everything")
+    for prompt in PROMPTS[:2]:
+        ids = torch.tensor([prompt])
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW,
+            repetition_penalty=1.5,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answer = model.generate(prompt, max_new_tokens=NEW, repetition_penalty=1.5)
+        assert answer.ids == out[0, len(prompt) :].tolist()
+
+
+def test_a_bias_bans_and_forces_tokens(model, alone):
+    banned = alone[0].ids[0]
+    answer = model.generate(PROMPTS[0], max_new_tokens=NEW, logit_bias={banned: -1e9})
+    assert banned not in answer.ids
+    assert model.generate(PROMPTS[0], max_new_tokens=3, logit_bias={7: 1e9}).ids == [7, 7, 7]
+
+
+def test_several_answers_to_a_prompt_are_those_of_their_seeds(model):
+    settings = {"max_new_tokens": 8, "temperature": 1.5}
+    three = model.generate(PROMPTS[0], n=3, seed=5, **settings)
+    assert three == [model.generate(PROMPTS[0], seed=5 + i, **settings) for i in range(3)]
+    assert len({tuple(answer.ids) for answer in three}) == 3
+    ragged = model.generate(PROMPTS[:2], n=2, seed=5, **settings)
+    assert ragged[0] == three[:2]
+    assert ragged[1] == [model.generate(PROMPTS[1], seed=7 + i, **settings) for i in range(2)]
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 100, 511, 512])
@@ -167,6 +242,9 @@ def test_cache_capacities_come_from_a_short_list(tokens):
         ([1], {"max_new_tokens": -1}, "max_new_tokens must be an integer of at least 0; got -1"),
         ([1], {"max_new_tokens": 2.0}, "max_new_tokens must be an integer of at least 0; got 2.0"),
         ([1], {"temperature": -1.0}, "temperature must be"),
+        ([1], {"n": 0}, "n must be an integer of at least 1; got 0"),
+        ([1], {"stop": "a"}, "stop texts need a tokenizer"),
+        ([1], {"logit_bias": {101: 1.0}}, r"logit_bias must be for token ids in \[0, 101\); got 101"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(model, prompt, settings, message):

@@ -55,6 +55,10 @@ HALVES = np.log([0.125, 0.5, 0.125, 0.25])
         # Top-k first: the two left have probabilities 2/3 and 1/3.
         ({"top_k": 2, "top_p": 0.6}, [1]),
         ({"top_k": 2, "top_p": 0.7}, [1, 3]),
+        ({"min_p": 0.0}, [0, 1, 2, 3]),
+        ({"min_p": 0.2}, [0, 1, 2, 3]),
+        ({"min_p": 0.3}, [1, 3]),
+        ({"min_p": 1.0}, [1]),
         # Temperature first: at 2 the probabilities are about 0.37, 0.26, 0.18, 0.18; at 0.5 about 0.73, 0.18, ...
         ({"temperature": 2.0, "top_p": 0.4}, [1, 3]),
         ({"temperature": 0.5, "top_p": 0.7}, [1]),
@@ -90,16 +94,23 @@ def test_filters_keep_what_transformers_keeps():
     transformers = pytest.importorskip("transformers", reason='pip install "upg-jax[oracle]"')
     torch = pytest.importorskip("torch", reason='pip install "upg-jax[oracle]"')
     logits = np.random.default_rng(0).normal(size=(1, 500)).astype(np.float32) * 3
-    for temperature, top_k, top_p in [(0.7, 40, 0.9), (1.3, 200, 0.5), (1.0, 3, 0.99)]:
+    for temperature, top_k, top_p, min_p in [
+        (0.7, 40, 0.9, 0.0),
+        (1.3, 200, 0.5, 0.1),
+        (1.0, 3, 0.99, 0.01),
+        (1.5, 500, 1.0, 0.02),
+    ]:
         scores = torch.tensor(logits)
         for warp in (
             transformers.TemperatureLogitsWarper(temperature),
             transformers.TopKLogitsWarper(top_k),
             transformers.TopPLogitsWarper(top_p),
+            transformers.MinPLogitsWarper(min_p),
         ):
             scores = warp(None, scores)
         expected = np.flatnonzero(np.isfinite(scores.numpy()[0])).tolist()
-        assert kept(logits[0], temperature=temperature, top_k=top_k, top_p=top_p) == expected
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        assert kept(logits[0], **settings) == expected
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
@@ -120,6 +131,15 @@ def test_draws_follow_the_distribution(temperature, top_k):
     assert np.all(counts[probability == 0] == 0)
 
 
+def test_a_row_that_keeps_all_does_so_beside_one_that_does_not():
+    # Rounded, the sum of the many reaches 1 before the unlikely ones are counted.
+    logits = jnp.concatenate([jnp.zeros(40_000), jnp.full(500, -12.0)])
+    rows = dataclasses.replace(Sampling.create(2, temperature=1.0), top_p=np.array([1.0, 0.5], np.float32))
+    scores = keep(jnp.stack([logits, logits]), rows)
+    assert np.isfinite(scores[0]).all()
+    assert not np.isfinite(scores[1]).all()
+
+
 def test_neighbouring_seeds_and_positions_are_independent():
     logits = jnp.zeros((2000, 2))
     by_seed = np.asarray(
@@ -135,10 +155,12 @@ def test_neighbouring_seeds_and_positions_are_independent():
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(4, 300)), jnp.float32)
-    mixed = Sampling(
+    mixed = dataclasses.replace(
+        Sampling.create(4),
         temperature=np.array([0.0, 1.5, 0.7, 1.0], np.float32),
         top_k=np.array([0, 50, 0, 5], np.int32),
         top_p=np.array([1.0, 1.0, 0.8, 0.5], np.float32),
+        min_p=np.array([0.5, 0.0, 0.01, 0.0], np.float32),
         key=np.array([[0, 1], [0, 2], [3, 4], [0, 2]], np.uint32),
     )
     at = jnp.array([3, 900, 4, 1], jnp.int32)
@@ -173,6 +195,15 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
         ({"temperature": float("nan")}, "temperature must be finite and at least 0; got nan"),
         ({"temperature": float("inf")}, "temperature must be finite and at least 0; got inf"),
         ({"top_k": 0}, "top_k must be an integer of at least 1"),
+        ({"min_p": 1.1}, r"min_p must be in \[0, 1\]; got 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0; got 0.0"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty must be a finite number; got nan"),
+        ({"presence_penalty": "1"}, "presence_penalty must be a finite number; got '1'"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias must be finite numbers by token id"),
+        ({"logit_bias": {"1": 1.0}}, "logit_bias must be finite numbers by token id"),
+        ({"logprobs": 21}, r"logprobs must be in \[0, 20\]; got 21"),
+        ({"stop": ["a", ""]}, "stop must be texts of at least one character"),
+        ({"temperature": True}, "temperature must be finite and at least 0; got True"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]; got 1.1"),
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\]; got nan"),
@@ -190,7 +221,7 @@ def test_settings_are_arrays_so_that_none_recompiles():
     for settings in ({}, {"temperature": 0.5, "seed": 3}, {"temperature": 2.0, "top_k": 3, "top_p": 0.4}):
         draw(logits, Sampling.create(2, **settings), positions(2))
     assert draw._cache_size() == 1
-    assert {f.name for f in dataclasses.fields(Sampling)} == {"temperature", "top_k", "top_p", "key"}
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(Sampling.create(2)))
 
 
 def test_numpy_integers_are_seeds_like_any_other():

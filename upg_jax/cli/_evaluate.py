@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from upg_jax.cli._generate import DtypeOption, ModelArgument
+from upg_jax.cli._options import DtypeOption, ModelArgument
 
 
 def evaluate(

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-ModelArgument = Annotated[
-    Path, typer.Argument(help="A UPG file or directory, a Hugging Face directory, or a GGUF file.")
-]
-DtypeOption = Annotated[str, typer.Option(help="Of activations and dense weights: float32 or bfloat16.")]
-PackOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--pack/--no-pack",
-        help="Copy compressed layers into the form that decodes fastest here, or use them as they lie in the file. "
-        "By default up to a gigabyte is packed.",
-        show_default=False,
-    ),
-]
+from upg_jax.cli._options import (
+    DtypeOption,
+    FrequencyOption,
+    MinPOption,
+    ModelArgument,
+    PackOption,
+    PresenceOption,
+    RepetitionOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TopKOption,
+    TopPOption,
+)
 
 
 def generate(
@@ -28,14 +28,18 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue, or a message with --chat.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Choose among this many most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Choose among the likeliest tokens of this total probability.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes random choices reproducible.")] = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = 1.0,
+    frequency_penalty: FrequencyOption = 0.0,
+    presence_penalty: PresenceOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
+    system: SystemOption = None,
     dtype: DtypeOption = "float32",
     pack: PackOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and timing as JSON.")] = False,
@@ -44,17 +48,30 @@ def generate(
     from upg_jax.cli._output import human_bytes, print_json, status, stderr, stdout
     from upg_jax.inference import UPGModel
 
+    if system is not None and not chat:
+        raise typer.BadParameter("needs --chat", param_hint="--system")
     with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
     if chat and model.tokenizer is not None:
-        ids = model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        said = [{"role": "system", "content": system}] if system is not None else []
+        ids = model.tokenizer.encode_chat([*said, {"role": "user", "content": prompt}])
     else:
         ids = model.encode(prompt)
     start = time.perf_counter()
     first = None
     tokens, pieces = [], []
     for token in model.stream(
-        ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+        stop=stop or (),
     ):
         first = first or time.perf_counter()
         if token.id is not None:
@@ -77,5 +94,5 @@ def generate(
         return
     stdout.print()
     stored = ", ".join(f"{human_bytes(size)} with index {index}" for index, size in model.index_bytes.items())
-    said = f"{len(tokens)} tokens, {rate:.1f} tokens/s after the first"
-    stderr.print(f"{said}; compressed layers: {stored}" if stored else said, style="dim")
+    rates = f"{len(tokens)} tokens, {rate:.1f} tokens/s after the first"
+    stderr.print(f"{rates}; compressed layers: {stored}" if stored else rates, style="dim")

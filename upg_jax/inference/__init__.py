@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from upg_jax.inference._generate import Generation, StreamedToken
+from upg_jax.inference._answer import Generation, StreamedToken
+from upg_jax.inference._logprobs import TokenLogprobs
 from upg_jax.inference._model import UPGModel
 from upg_jax.inference._perplexity import Perplexity, perplexity
 from upg_jax.inference._sampling import Sampling, sample
+from upg_jax.inference._settings import GenerationSettings
 from upg_jax.inference._tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "Generation",
+    "GenerationSettings",
     "Perplexity",
     "Sampling",
     "StreamedToken",
     "TextStream",
+    "TokenLogprobs",
     "Tokenizer",
     "UPGModel",
     "perplexity",

@@ -2,135 +2,135 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
+from upg_jax.inference._answer import Answer, Generation, StreamedToken
+from upg_jax.inference._logprobs import HostChoices
+from upg_jax.inference._penalties import History
+from upg_jax.inference._rows import repeat_rows
 from upg_jax.inference._sampling import Sampling
+from upg_jax.inference._settings import GenerationSettings
 from upg_jax.inference._steps import CHUNK, cache_capacity, chunk_length, decode, first_tokens, prefill
-from upg_jax.inference._tokenizer import TextStream
 
 if TYPE_CHECKING:
     from upg_jax.inference._model import UPGModel
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """An answer.
-
-    Attributes:
-        ids: its tokens; the one that ended it is not among them.
-        text: its text without special tokens; None for a model without a tokenizer.
-        prompt_tokens: how many tokens the prompt had.
-        finish_reason: `"stop"` if the model ended its answer, `"length"` if `max_new_tokens` did.
-    """
-
-    ids: list[int]
-    text: str | None
-    prompt_tokens: int
-    finish_reason: FinishReason
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamedToken:
-    """One token of an answer as it comes.
-
-    Attributes:
-        id: the token; None in the last item if that only brings what is left of the text.
-        text: what can be shown now; empty while a character is incomplete, and for a model without a tokenizer.
-        finish_reason: set in the last item.
-    """
-
-    id: int | None
-    text: str
-    finish_reason: FinishReason | None = None
 
 
 def generate(
     model: UPGModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_at_eos: bool,
+    settings: GenerationSettings,
+    seed: int | Sequence[int] | None,
+    n: int,
 ) -> list[Generation]:
-    """Answers a batch of prompts of any lengths."""
-    rows: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    stop_ids = model.eos_token_ids if stop_at_eos else ()
-    for tokens in token_batches(model, prompts, max_new_tokens, sampling, stop_ids):
-        for row, token in enumerate(tokens.tolist()):
-            stopped[row] = stopped[row] or token in stop_ids
-            if not stopped[row]:
-                rows[row].append(token)
-        if all(stopped):
+    """Answers a batch of prompts of any lengths `n` times each; the answers to one lie together."""
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    answers = [Answer(model.tokenizer, settings, model.eos_token_ids) for _ in rows]
+    shown: list[list[StreamedToken]] = [[] for _ in rows]
+    for step in steps(model, prompts, settings, seed, n):
+        for row, answer in enumerate(answers):
+            if answer.finish_reason is None:
+                token = answer.push(step.tokens[row], step.logprobs(row, settings.logprobs))
+                shown[row] += [token] if token is not None else []
+        if all(answer.finish_reason for answer in answers):
             break
     return [
-        Generation(
-            ids=ids,
-            text=None if model.tokenizer is None else model.tokenizer.decode(ids),
-            prompt_tokens=len(prompt),
-            finish_reason="stop" if stop else "length",
-        )
-        for ids, prompt, stop in zip(rows, prompts, stopped, strict=True)
+        _generation(answer, [*tokens, answer.finish()], len(prompt), model, settings)
+        for answer, tokens, prompt in zip(answers, shown, rows, strict=True)
     ]
 
 
-def stream(
-    model: UPGModel, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_at_eos: bool
-) -> Iterator[StreamedToken]:
+def _generation(
+    answer: Answer,
+    tokens: list[StreamedToken],
+    prompt_tokens: int,
+    model: UPGModel,
+    settings: GenerationSettings,
+) -> Generation:
+    assert answer.finish_reason is not None
+    return Generation(
+        ids=answer.ids,
+        text=None if model.tokenizer is None else "".join(token.text for token in tokens),
+        prompt_tokens=prompt_tokens,
+        finish_reason=answer.finish_reason,
+        logprobs=None
+        if settings.logprobs is None
+        else [token.logprobs for token in tokens if token.logprobs is not None],
+    )
+
+
+def stream(model: UPGModel, prompt: Sequence[int], settings: GenerationSettings) -> Iterator[StreamedToken]:
     """Answers one prompt token by token; the pieces of text add up to `Generation.text`."""
-    text = None if model.tokenizer is None else TextStream(model.tokenizer)
-    stop_ids = model.eos_token_ids if stop_at_eos else ()
-    reason: FinishReason = "length"
-    for tokens in token_batches(model, [prompt], max_new_tokens, sampling, stop_ids):
-        token = int(tokens[0])
-        if token in stop_ids:
-            reason = "stop"
+    answer = Answer(model.tokenizer, settings, model.eos_token_ids)
+    for step in steps(model, [prompt], settings, settings.seed, 1):
+        token = answer.push(step.tokens[0], step.logprobs(0, settings.logprobs))
+        if token is not None:
+            yield token
+        if answer.finish_reason is not None:
             break
-        yield StreamedToken(token, "" if text is None else text.push(token))
-    yield StreamedToken(None, "" if text is None else text.finish(), reason)
+    yield answer.finish()
 
 
-def token_batches(
+def steps(
     model: UPGModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-) -> Iterator[np.ndarray]:
-    """Yields the next token of every row, int32 `(batch,)`, `max_new_tokens` times.
+    settings: GenerationSettings,
+    seed: int | Sequence[int] | None,
+    n: int,
+) -> Iterator[HostChoices]:
+    """Yields what each of `max_new_tokens` steps chooses for the `n` rows of each prompt.
 
-    A row that has come to one of `stop_ids` repeats it. The step after the one whose tokens are yielded is already
-    running then, so that what the caller does with them costs no time.
+    A row that has come to an EOS token repeats it. The step after the one that is yielded is already running then, so
+    that what the caller does with it costs no time.
     """
-    if max_new_tokens == 0:
+    if settings.max_new_tokens == 0:
         return
-    # Padded, so that models with a few more or fewer share compiled steps.
-    stops = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    lengths = [len(prompt) for prompt in prompts]
+    longest = max(map(len, prompts)) + settings.max_new_tokens
     limit = model.config.max_position_embeddings
-    if max(lengths) + max_new_tokens > limit:
+    if longest > limit:
         raise ValueError(
-            f"generate: a prompt of {max(lengths)} tokens and max_new_tokens={max_new_tokens} exceed the {limit} "
-            "positions that the model was made for; shorten the prompt or lower max_new_tokens"
+            f"generate: a prompt of {max(map(len, prompts))} tokens and max_new_tokens={settings.max_new_tokens} "
+            f"exceed the {limit} positions that the model was made for; shorten the prompt or lower max_new_tokens"
         )
-    cache = model.init_cache(len(prompts), cache_capacity(max(lengths) + max_new_tokens))
+    batch = n * len(prompts)
+    sampling = Sampling.of(batch, settings, seed)
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    history = History.create(rows, settings, model.config.vocab_size)
+    stops = np.tile(stop_ids(model, settings), (batch, 1))
+    cache = model.init_cache(len(prompts), cache_capacity(longest))
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
-    for start in range(0, max(lengths), CHUNK):
-        counts = np.clip(np.array(lengths) - start, 0, CHUNK).astype(np.int32)
+    for ids, counts in chunks(prompts, CHUNK):
+        logits, cache = prefill(model.params, model.config, ids, counts, cache, logits)
+    if n > 1:
+        logits, cache = repeat_rows(logits, cache, n)
+    chosen, done, history = first_tokens(logits, cache.lengths, sampling, history, stops)
+    for _ in range(settings.max_new_tokens - 1):
+        following, done, history, cache = decode(
+            model.params, model.config, chosen.tokens, done, cache, history, sampling, stops
+        )
+        yield HostChoices(chosen)
+        chosen = following
+    yield HostChoices(chosen)
+
+
+def stop_ids(model: UPGModel, settings: GenerationSettings) -> np.ndarray:
+    """The tokens that end a row; padded, so that models with a few more or fewer share compiled steps."""
+    ids = model.eos_token_ids if settings.stop_at_eos else ()
+    found = np.full(-(-max(len(model.eos_token_ids), 1) // 8) * 8, -1, np.int32)
+    found[: len(ids)] = ids
+    return found
+
+
+def chunks(prompts: Sequence[Sequence[int]], chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts prompts into what `prefill` takes: padded ids `(batch, length)`, and how many of each row are real."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    for start in range(0, int(lengths.max()), chunk):
+        counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
         ids = np.zeros((len(prompts), chunk_length(int(counts.max()))), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : counts[row]] = prompt[start : start + counts[row]]
-        logits, cache = prefill(model.params, model.config, ids, counts, cache, logits)
-    tokens, done = first_tokens(logits, cache.lengths, sampling, stops)
-    for _ in range(max_new_tokens - 1):
-        following = decode(model.params, model.config, tokens, done, cache, sampling, stops)
-        yield np.asarray(tokens)
-        tokens, done, cache = following
-    yield np.asarray(tokens)
+        yield ids, counts

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from upg_jax._mdcsr import MdCSR
-from upg_jax.inference._generate import Generation, StreamedToken, generate, stream
+from upg_jax.inference._answer import Generation, StreamedToken
+from upg_jax.inference._generate import generate, stream
 from upg_jax.inference._load import eos_token_ids, open_model
-from upg_jax.inference._sampling import Sampling
+from upg_jax.inference._settings import GenerationSettings
 from upg_jax.inference._steps import cache_capacity, run_forward
 from upg_jax.inference._tokenizer import Tokenizer
 from upg_jax.models import (
@@ -148,62 +149,55 @@ class UPGModel:
     @overload
     def generate(self, prompt: Sequence[Prompt], **settings: Any) -> list[Generation]: ...
 
-    def generate(  # type: ignore[misc]  # the overloads do not repeat the settings
+    def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        n: int = 1,
         seed: int | Sequence[int] | None = None,
-        stop_at_eos: bool = True,
-    ) -> Generation | list[Generation]:
+        **settings: Any,
+    ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continues a prompt, or a batch of prompts of any lengths.
 
         Each prompt of a batch gets the answer that it gets alone, up to floating-point rounding.
 
         Args:
             prompt: a text or token ids, or a list of texts or of lists of ids.
-            max_new_tokens: tokens to generate at most.
-            temperature: 0 always takes the most likely token; otherwise what the logits are divided by.
-            top_k: choose among this many of the most likely tokens.
-            top_p: choose among the fewest of the most likely tokens whose probabilities add up to this.
-            seed: makes random choices reproducible. The prompts of a batch count up from it, or have a seed each.
-            stop_at_eos: end an answer at one of `eos_token_ids`.
+            n: answers to each prompt.
+            seed: makes random choices reproducible. The answers of a batch count up from it, or have a seed each.
+            settings: fields of `GenerationSettings`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `frequency_penalty`, `presence_penalty`, `logit_bias`, `logprobs`, `stop`,
+                `stop_at_eos`.
 
         Returns:
-            An answer, or a list of them for a list of prompts.
+            An answer, or a list of them for a list of prompts. With `n` above 1, a list of `n` in each answer's place.
 
         Raises:
             ValueError: for an empty prompt, ids outside the vocabulary, or a setting out of range, naming it.
         """
         single = _is_single(prompt)
         prompts = [self.encode(p) for p in ([prompt] if single else prompt)]  # type: ignore[arg-type]
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ValueError(f"generate: n must be an integer of at least 1; got {n!r}")
         if not prompts:
             return []
-        sampling = Sampling.create(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        answers = generate(self, prompts, _count(max_new_tokens), sampling, stop_at_eos)
-        return answers[0] if single else answers
+        answers = generate(self, prompts, GenerationSettings(**settings), seed, n)
+        grouped = [answers[i : i + n] for i in range(0, len(answers), n)] if n > 1 else answers
+        return grouped[0] if single else grouped
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_at_eos: bool = True,
-    ) -> Iterator[StreamedToken]:
-        """Continues one prompt token by token; arguments and errors are those of `generate`.
+    def stream(self, prompt: Prompt, **settings: Any) -> Iterator[StreamedToken]:
+        """Continues one prompt token by token.
 
         The pieces of text add up to the text that `generate` gives. The last item has the reason for ending.
+
+        Args:
+            prompt: a text or token ids.
+            settings: fields of `GenerationSettings`, as for `generate`.
+
+        Raises:
+            ValueError: as `generate`.
         """
-        ids, limit = self.encode(prompt), _count(max_new_tokens)
-        sampling = Sampling.create(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return stream(self, ids, limit, sampling, stop_at_eos)
+        return stream(self, self.encode(prompt), GenerationSettings(**settings))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a text, or the ids that were given, checked against the vocabulary.
@@ -283,16 +277,6 @@ def _is_single(prompt: Any) -> bool:
     if isinstance(prompt, (np.ndarray, jax.Array)):
         return prompt.ndim == 1
     return len(prompt) > 0 and all(isinstance(token, (int, np.integer)) for token in prompt)
-
-
-def _count(max_new_tokens: int) -> int:
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, (int, np.integer))
-        or max_new_tokens < 0
-    ):
-        raise ValueError(f"generate: max_new_tokens must be an integer of at least 0; got {max_new_tokens!r}")
-    return int(max_new_tokens)
 
 
 def _weights(tree: Any) -> list[Any]:

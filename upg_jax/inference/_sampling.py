@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import secrets
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from upg_jax.inference._settings import GenerationSettings
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Sampling:
@@ -22,67 +23,76 @@ class Sampling:
     Attributes:
         temperature: float32 `(batch,)`; 0 takes the most likely token.
         top_k: int32 `(batch,)`, keep this many of the most likely tokens (and those that tie); 0 keeps all.
-        top_p: float32 `(batch,)`, then keep the fewest of the most likely tokens whose probabilities reach it.
+        top_p: float32 `(batch,)`, then keep the fewest of the most likely tokens whose probabilities reach it; 1 keeps
+            all.
+        min_p: float32 `(batch,)`, then keep tokens at least this times as likely as the most likely one.
+        repetition_penalty: float32 `(batch,)`, see `GenerationSettings`.
+        frequency_penalty: float32 `(batch,)`.
+        presence_penalty: float32 `(batch,)`.
+        biased: bool `(batch,)`, whether there is a logit bias.
+        logprobs: bool `(batch,)`, whether log-probabilities are wanted.
         key: uint32 `(batch, 2)`, the random stream.
     """
 
     temperature: Any
     top_k: Any
     top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    frequency_penalty: Any
+    presence_penalty: Any
+    biased: Any
+    logprobs: Any
     key: Any
 
     @classmethod
-    def create(
-        cls,
-        batch: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | Sequence[int] | None = None,
-    ) -> Sampling:
+    def create(cls, batch: int, *, seed: int | Sequence[int] | None = None, **settings: Any) -> Sampling:
         """Checks settings and repeats them for every row.
 
         Args:
             batch: rows.
-            temperature: at least 0.
-            top_k: at least 1; None keeps all.
-            top_p: in (0, 1]; None keeps all.
             seed: of the first row; the others count up from it. Or one for each row. None takes fresh ones.
+            settings: fields of `GenerationSettings`.
 
         Raises:
             ValueError: naming the setting.
         """
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"generate: temperature must be finite and at least 0; got {temperature!r}")
-        if top_k is not None and (not isinstance(top_k, (int, np.integer)) or top_k < 1):
-            raise ValueError(
-                f"generate: top_k must be an integer of at least 1, or None to keep all tokens; got {top_k!r}"
-            )
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"generate: top_p must be in (0, 1]; got {top_p!r}")
-        if seed is None:
-            seed = secrets.randbits(63)
-        seeds = (
-            [int(seed) + row for row in range(batch)]
-            if isinstance(seed, (int, np.integer))
-            else [operator.index(s) for s in seed]
-        )
-        if len(seeds) != batch:
-            raise ValueError(
-                f"generate: seed must be one integer, or one for each of {batch} rows; got {seed!r}"
-            )
+        return cls.of(batch, GenerationSettings(**settings), seed)
+
+    @classmethod
+    def of(cls, batch: int, settings: GenerationSettings, seed: int | Sequence[int] | None) -> Sampling:
+        """`create` for settings that are checked already; `seed` stands for theirs."""
+        top_p = 1.0 if settings.top_p is None else max(settings.top_p, np.finfo(np.float32).tiny)
         return cls(
-            temperature=np.full(batch, temperature, np.float32),
-            top_k=np.full(batch, min(top_k or 0, np.iinfo(np.int32).max), np.int32),
-            top_p=np.full(batch, 1.0 if top_p is None else max(top_p, np.finfo(np.float32).tiny), np.float32),
-            key=np.array([[s >> 32 & 0xFFFFFFFF, s & 0xFFFFFFFF] for s in seeds], np.uint32),
+            temperature=np.full(batch, settings.temperature, np.float32),
+            top_k=np.full(batch, min(settings.top_k or 0, np.iinfo(np.int32).max), np.int32),
+            top_p=np.full(batch, top_p, np.float32),
+            min_p=np.full(batch, settings.min_p or 0.0, np.float32),
+            repetition_penalty=np.full(batch, settings.repetition_penalty, np.float32),
+            frequency_penalty=np.full(batch, settings.frequency_penalty, np.float32),
+            presence_penalty=np.full(batch, settings.presence_penalty, np.float32),
+            biased=np.full(batch, bool(settings.logit_bias), np.bool_),
+            logprobs=np.full(batch, settings.logprobs is not None, np.bool_),
+            key=_keys(batch, seed),
         )
 
 
 jax.tree_util.register_dataclass(
-    Sampling, data_fields=["temperature", "top_k", "top_p", "key"], meta_fields=[]
+    Sampling, data_fields=[field.name for field in dataclasses.fields(Sampling)], meta_fields=[]
 )
+
+
+def _keys(batch: int, seed: int | Sequence[int] | None) -> np.ndarray:
+    if seed is None:
+        seed = secrets.randbits(63)
+    seeds = (
+        [int(seed) + row for row in range(batch)]
+        if isinstance(seed, (int, np.integer))
+        else [operator.index(s) for s in seed]
+    )
+    if len(seeds) != batch:
+        raise ValueError(f"generate: seed must be one integer, or one for each of {batch} rows; got {seed!r}")
+    return np.array([[s >> 32 & 0xFFFFFFFF, s & 0xFFFFFFFF] for s in seeds], np.uint32).reshape(batch, 2)
 
 
 def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
@@ -110,7 +120,7 @@ def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Ar
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Applies temperature, top-k and top-p, in this order; what is not kept becomes minus infinity.
+    """Applies temperature, top-k, top-p and min-p, in this order; what is not kept becomes minus infinity.
 
     Args:
         logits: float32 `(batch, vocab)`.
@@ -126,12 +136,14 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     def keep_p(scores: jax.Array) -> jax.Array:
         probability = jax.nn.softmax(scores, axis=-1)
-        return _keep(
-            scores, lambda kept: jnp.sum(jnp.where(kept, probability, 0.0), axis=-1) >= sampling.top_p
-        )
+        # The rounded sum may reach 1 early; a row that keeps all must do so whatever its neighbours ask for.
+        top_p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
+        return _keep(scores, lambda kept: jnp.sum(jnp.where(kept, probability, 0.0), axis=-1) >= top_p)
 
     scores = lax.cond(jnp.any(sampling.top_k > 0), keep_k, lambda s: s, scores)
-    return lax.cond(jnp.any(sampling.top_p < 1), keep_p, lambda s: s, scores)
+    scores = lax.cond(jnp.any(sampling.top_p < 1), keep_p, lambda s: s, scores)
+    # The likeliest has score 0.
+    return jnp.where(scores >= jnp.log(sampling.min_p)[:, None], scores, -jnp.inf)
 
 
 def _keep(scores: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -6,11 +6,14 @@ lists, and settings are arrays, so that nothing compiles after a warm-up.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from upg_jax.inference._logprobs import Chosen, recorded
+from upg_jax.inference._penalties import History, penalized
 from upg_jax.inference._sampling import Sampling, sample
 from upg_jax.models import DecoderConfig, KVCache, Params, forward
 
@@ -65,25 +68,25 @@ def prefill(
     return jnp.where(counts[:, None] > 0, new, logits), filled
 
 
-@jax.jit
+@partial(jax.jit, donate_argnames="history")
 def first_tokens(
-    logits: jax.Array, lengths: jax.Array, sampling: Sampling, stop_ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    logits: jax.Array, lengths: jax.Array, sampling: Sampling, history: History, stop_ids: jax.Array
+) -> tuple[Chosen, jax.Array, History]:
     """Chooses the first token of each answer from the logits after its prompt; returns what `decode` does."""
-    tokens = sample(logits, sampling, lengths)
-    return tokens, _is_stop(tokens, stop_ids)
+    return _choose(logits, lengths, sampling, history, stop_ids, jnp.zeros(logits.shape[0], jnp.bool_))
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames="config", donate_argnames=("cache", "history"))
 def decode(
     params: Params,
     config: DecoderConfig,
     tokens: jax.Array,
     done: jax.Array,
     cache: KVCache,
+    history: History,
     sampling: Sampling,
     stop_ids: jax.Array,
-) -> tuple[jax.Array, jax.Array, KVCache]:
+) -> tuple[Chosen, jax.Array, History, KVCache]:
     """Adds each row's newest token to the cache and chooses the next; rows that are done stay as they are.
 
     Args:
@@ -92,18 +95,29 @@ def decode(
         tokens: int32 `(batch,)`, each row's newest token.
         done: bool `(batch,)`, that token ended the row's answer.
         cache: what came before; donated.
+        history: of the rows; donated.
         sampling: the rows' settings.
-        stop_ids: int32 `(any,)`, tokens that end an answer.
+        stop_ids: int32 `(batch, any)`, tokens that end a row's answer, and -1.
 
     Returns:
-        The tokens after `tokens`, whether they are the last ones, and the cache.
+        What was chosen, whether it ends the answers, the rows' new history, and the cache.
     """
     counts = (~done).astype(jnp.int32)
     logits, new = forward(params, config, tokens[:, None], cache, counts=counts, last_only=True)
     assert new is not None
-    tokens = jnp.where(done, tokens, sample(logits, sampling, new.lengths))
-    return tokens, done | _is_stop(tokens, stop_ids), new
+    chosen, ended, history = _choose(logits, new.lengths, sampling, history, stop_ids, done)
+    return dataclasses.replace(chosen, tokens=jnp.where(done, tokens, chosen.tokens)), ended, history, new
 
 
-def _is_stop(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:
-    return jnp.any(tokens[:, None] == stop_ids[None], axis=-1)
+def _choose(
+    logits: jax.Array,
+    positions: jax.Array,
+    sampling: Sampling,
+    history: History,
+    stop_ids: jax.Array,
+    done: jax.Array,
+) -> tuple[Chosen, jax.Array, History]:
+    tokens = sample(penalized(logits, sampling, history), sampling, positions)
+    chosen = recorded(logits, tokens, sampling)
+    ended = done | jnp.any(tokens[:, None] == stop_ids, axis=-1)
+    return chosen, ended, history.add(tokens, done)
