@@ -1,8 +1,8 @@
 """Finds what Apple's compiler would refuse, on any machine: address spaces first, the commonest reason of all.
 
 Clang parses the source as C++ in which `device`, `constant` and `threadgroup` are address spaces, so that it refuses
-to mix them. What is left to do here is what C++ allows and Metal does not: pointers without an address space, casts
-from one to another, and what the language lacks.
+to mix them. What is left to do here is what C++ allows and Metal does not: pointers and program-scope variables without
+an address space, casts from one to another, and what the language lacks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 
 from metal_ops._build import INCLUDE
 from metal_ops._errors import SourceError, UnavailableError
-from metal_ops._parse import blank, without_comments
+from metal_ops._parse import blank, parse, without_comments
 from metal_ops._source import Source
 from metal_ops._translate import translate
 
 _FILE = "source.cpp"
+_THREADGROUP = 3  # of include/check/metal_stdlib
 _LACKING = (
-    "asm|catch|delete|double|dynamic_cast|goto|new|operator\\s+new|std|thread_local|throw|try|typeid|"
-    "virtual|wchar_t"
+    "asm|catch|delete|double|dynamic_cast|goto|long\\s+long|new|noexcept|operator\\s+new|register|std|thread_local|"
+    "throw|try|typeid|virtual|wchar_t"
 )
 _FOR_CUDA = re.compile(r"#[ \t]*if[^\n]*\b__CUDACC__\b.*?(?=#[ \t]*(?:else|elif|endif))", re.DOTALL)
 
@@ -49,7 +50,7 @@ def check(source: Source) -> list[Problem]:
     except SourceError as error:
         place, line, rule = re.fullmatch(r"(?s)(?:([^:]*):(\d+): )?(.*)", str(error)).groups()  # type: ignore[union-attr]
         return [Problem(place or source.name, int(line or 0), rule)]
-    found = set(_lacking(source)) | {_problem(source, line, rule) for line, rule in _parsed(code)}
+    found = set(_lacking(source)) | {_problem(source, line, rule) for line, rule in _parsed(source, code)}
     return sorted(found)
 
 
@@ -66,7 +67,7 @@ def _lacking(source: Source) -> Iterator[Problem]:
         yield _problem(source, text.count("\n", 0, m.start()) + 1, f"Metal has no {m[0]}")
 
 
-def _parsed(code: str) -> Iterator[tuple[int, str]]:
+def _parsed(source: Source, code: str) -> Iterator[tuple[int, str]]:
     """Lines of the source, from 1, and rules."""
     try:
         from clang import cindex
@@ -84,45 +85,85 @@ def _parsed(code: str) -> Iterator[tuple[int, str]]:
     for diagnostic in unit.diagnostics:
         if diagnostic.severity >= cindex.Diagnostic.Error:
             yield diagnostic.location.line - 1, diagnostic.spelling
-    for cursor in _of_file(unit.cursor):
-        for rule in _rules(cindex, cursor, code):
+    kernels = {kernel.name for kernel in parse(source).kernels}
+    for cursor, function in _of_file(cindex, unit.cursor, None):
+        for rule in _rules(cindex, cursor, function, kernels, code):
             yield cursor.location.line - 1, rule
 
 
-def _of_file(cursor: Any) -> Iterator[Any]:
+def _of_file(cindex: Any, cursor: Any, function: Any) -> Iterator[tuple[Any, Any]]:
+    """What the source declares and says, and the function that it stands in."""
     for child in cursor.get_children():
         if child.location.file is not None and child.location.file.name == _FILE:
-            yield child
-            yield from _of_file(child)
+            yield child, function
+            inside = child if child.kind in _functions(cindex) else function
+            yield from _of_file(cindex, child, inside)
 
 
-def _rules(cindex: Any, cursor: Any, code: str) -> Iterator[str]:
+def _functions(cindex: Any) -> tuple[Any, ...]:
+    kinds = cindex.CursorKind
+    return kinds.FUNCTION_DECL, kinds.FUNCTION_TEMPLATE, kinds.CXX_METHOD
+
+
+def _rules(cindex: Any, cursor: Any, function: Any, kernels: set[str], code: str) -> Iterator[str]:
     kinds = cindex.CursorKind
     if cursor.kind == kinds.LAMBDA_EXPR:
         yield "Metal has no lambdas"
+    if cursor.kind == kinds.CXX_BASE_SPECIFIER:
+        yield "Metal has no derived classes"
+    if cursor.kind == kinds.FLOATING_LITERAL and _is(cursor.type, cindex.TypeKind.DOUBLE):
+        yield "a number without f is a float in Metal and a double elsewhere"
+    called = cursor.referenced if cursor.kind == kinds.CALL_EXPR else None
+    if called is not None and function is not None and called == function:
+        yield f"{function.spelling}: Metal has no recursion"
     if cursor.kind in (kinds.PARM_DECL, kinds.VAR_DECL, kinds.FIELD_DECL):
-        space = _space(cindex, cursor.type)
-        written = _declaration(code, cursor)
-        if space == 0 and not {"thread", "auto"} & set(written):
+        written = _words(code, cursor, cursor.extent.end.offset)
+        if _pointee_space(cindex, cursor.type) == 0 and not {"thread", "auto"} & written:
             yield f"{cursor.spelling}: a pointer or reference needs device, constant, threadgroup or thread"
+    if cursor.kind == kinds.VAR_DECL:
+        yield from _rules_of_variables(cindex, cursor, function, kernels)
+    if cursor.kind in _functions(cindex):
+        written = _words(code, cursor, cursor.location.offset)
+        if _pointee_space(cindex, cursor.result_type) == 0 and "thread" not in written:
+            yield f"{cursor.spelling}: the pointer or reference that it returns needs an address space"
     if cursor.kind == kinds.CSTYLE_CAST_EXPR:
-        to = _space(cindex, cursor.type)
+        to = _pointee_space(cindex, cursor.type)
         operand = list(cursor.get_children())[-1]
-        of = _space(cindex, operand.type)
+        of = _pointee_space(cindex, operand.type)
         if to is not None and of is not None and to != of:
             yield f"a cast from one address space to another: {operand.type.spelling} to {cursor.type.spelling}"
 
 
-def _space(cindex: Any, kind: Any) -> int | None:
+def _rules_of_variables(cindex: Any, cursor: Any, function: Any, kernels: set[str]) -> Iterator[str]:
+    space = cursor.type.get_canonical().get_address_space()
+    stays = function is None or cursor.storage_class == cindex.StorageClass.STATIC
+    if space == _THREADGROUP and (function is None or function.spelling not in kernels):
+        yield f"{cursor.spelling}: threadgroup memory is declared in kernels only"
+    elif stays and space == 0:
+        where = "at program scope" if function is None else "that is static"
+        yield f"{cursor.spelling}: a variable {where} needs the address space constant"
+    if _is(cursor.type.get_canonical(), cindex.TypeKind.VARIABLEARRAY):
+        yield f"{cursor.spelling}: the length of an array must be a constant"
+
+
+def _pointee_space(cindex: Any, kind: Any) -> int | None:
     """Address space that a pointer or reference points to; 0 is none, None for other types."""
-    if kind.kind not in (cindex.TypeKind.POINTER, cindex.TypeKind.LVALUEREFERENCE):
+    kind = kind.get_canonical()
+    if not _is(kind, cindex.TypeKind.POINTER, cindex.TypeKind.LVALUEREFERENCE):
         return None
     space: int = kind.get_pointee().get_address_space()
     return space
 
 
-def _declaration(code: str, cursor: Any) -> list[str]:
-    """The words of a declaration, from where it begins."""
+def _is(kind: Any, *kinds: Any) -> bool:
+    try:
+        return kind.kind in kinds
+    except ValueError:  # libclang's bindings do not know every type, e.g. _Float16
+        return False
+
+
+def _words(code: str, cursor: Any, end: int) -> set[str]:
+    """The words of a declaration, from where it begins to `end`."""
     start = cursor.extent.start.offset
     begin = max(code.rfind(mark, 0, start) for mark in "(,;{}")
-    return re.findall(r"\w+", code[begin + 1 : cursor.extent.end.offset])
+    return set(re.findall(r"\w+", code[begin + 1 : end]))
