@@ -5,7 +5,7 @@ Knows buffers and launches, nothing of JAX. docs/metal_ops.md explains it.
 
 from __future__ import annotations
 
-from metal_ops._apple import Device, Launch, Limits, Memory, Scratch, open_apple_device
+from metal_ops._apple import Device, open_apple_device
 from metal_ops._check import Problem, check
 from metal_ops._cuda_kernels import compile_named, name_of
 from metal_ops._cuda_plans import levels_plan, stream_plan
@@ -20,6 +20,7 @@ from metal_ops._plans import PRODUCT_KERNELS, Plan, Step, Work, plan
 from metal_ops._self_check import check_device
 from metal_ops._source import Source, load_source
 from metal_ops._standin import open_emulated_device
+from metal_ops._submission import Launch, Limits, Memory, Scratch
 from metal_ops._translate import Translation, translate
 
 __all__ = [

@@ -10,9 +10,9 @@ import functools
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from metal_ops._apple import Launch, Limits, Memory, Scratch
 from metal_ops._mdcsr import Parameters
 from metal_ops._source import Source, load_source
+from metal_ops._submission import Launch, Limits, Memory, Scratch
 
 Operation: TypeAlias = Literal["product", "transposed", "decode"]
 

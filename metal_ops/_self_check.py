@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from metal_ops._apple import COPY_BYTES, Device, Memory
+from metal_ops._apple import Device
+from metal_ops._buffers import COPY_BYTES
 from metal_ops._errors import KernelError
 from metal_ops._plans import Work, plan
+from metal_ops._submission import Memory
 
 _ROWS = 8
 _FILLER_GAP = 255

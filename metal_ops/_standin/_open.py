@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from metal_ops._apple import COPY_BYTES, Device
+from metal_ops._apple import Device
+from metal_ops._buffers import COPY_BYTES
 from metal_ops._emulator import Emulator
 from metal_ops._source import Source
 from metal_ops._standin._metal import StandIn

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import platform
 import re
+import subprocess
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from helpers.bounds import assert_within_bound
 from helpers.layers import Case, stacked
 
 import upg_jax
+from metal_ops import KernelError
 from upg_jax import BackendError, MdCSR, sparse_dense, use_backend
 from upg_jax._sparse_dense import _metal_device, _metal_lowering, choose_backend, unavailable_reason
 
@@ -157,7 +159,7 @@ def test_planes_of_a_mapped_file_are_bound_in_place(emulator, tmp_path, rng):
     with use_backend("reference"):
         np.testing.assert_allclose(y, sparse_dense(x, layer), atol=1e-3)
     address = layer.values.unsafe_buffer_pointer()
-    (region,) = [r for r in emulator._regions if r.begin <= address < r.end]
+    (region,) = [r for r in emulator._buffers.regions if r.begin <= address < r.end]
     assert region.buffer is not None
 
 
@@ -167,6 +169,30 @@ def test_an_exported_program_names_the_versioned_call(emulator):
     exported = jax.export.export(jax.jit(lambda x: sparse_dense(x, layer)), disabled_checks=allowed)(x)
     again = jax.export.deserialize(exported.serialize())
     np.testing.assert_array_equal(again.call(x), sparse_dense(x, layer))
+
+
+def test_an_exported_program_runs_in_a_process_that_lowered_nothing(emulator, tmp_path):
+    case, path = CASES[0], tmp_path / "program"
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("upg_jax.emulator.products.v1")]
+    exported = jax.export.export(jax.jit(lambda x: sparse_dense(x, case.layer)), disabled_checks=allowed)
+    path.write_bytes(exported(case.x(4)).serialize())
+    np.save(tmp_path / "x.npy", case.x(4))
+    script = """import sys, jax, numpy, upg_jax
+program = jax.export.deserialize(open(sys.argv[1] + "/program", "rb").read())
+with upg_jax.use_backend("emulator"):
+    numpy.save(sys.argv[1] + "/y.npy", program.call(numpy.load(sys.argv[1] + "/x.npy")))
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), sparse_dense(case.x(4), case.layer))
+
+
+@pytest.mark.parametrize("failure", [KernelError("no such GPU"), TypeError("no such method")])
+def test_whatever_fails_when_the_device_is_opened_is_the_reason_not_to_use_it(monkeypatch, failure):
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(_metal_device, "open_apple_device", fail)
+    assert str(failure) in _metal_device._open.__wrapped__("metal")
 
 
 class TestRefusals:
@@ -249,6 +275,18 @@ class TestAuto:
         backend, reason = choose_backend("cpu")
         assert backend == "metal"
         assert "emulator" in reason  # the device's name
+
+    def test_a_kernel_that_does_not_compile_leaves_its_work_to_the_processor(self, mac, monkeypatch):
+        def refuse(self, source, kernel):
+            raise TypeError("something that PyObjC raises")
+
+        monkeypatch.setattr(type(mac), "max_threads", refuse)
+        case = Case("random", (29, 67))  # whose plan is not known yet
+        with pytest.warns(UserWarning, match=r"the processor computes .*: something that PyObjC raises"):
+            found = self.calls(sparse_dense, case.x(5), case.layer)
+        assert not any("metal" in name for name in found)
+        with use_backend("emulator"), pytest.raises(TypeError, match="something that PyObjC raises"):
+            self.calls(sparse_dense, case.x(5), case.layer)
 
     def test_without_a_device_nothing_changes(self, mac, monkeypatch):
         monkeypatch.setattr(_metal_device, "_open", lambda backend: "no GPU")

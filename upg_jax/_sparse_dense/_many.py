@@ -143,9 +143,10 @@ mlir.register_lowering(sparse_dense_many_p, _separately)
 
 
 def _lower(ctx: Any, *args: Any, layouts: tuple[Layout, ...], backend: str) -> Any:
-    if not _metal_lowering.takes(ctx.avals_in, layouts, backend):
+    products, avals = _metal_lowering.PRODUCTS, ctx.avals_in
+    if not _metal_lowering.takes(ctx, products, avals, layouts, backend):
         return _separately(ctx, *args, layouts=layouts, backend=backend)
-    return _metal_lowering.lower_products(ctx, *args, layouts=layouts, backend=backend)
+    return _metal_lowering.lower_call(ctx, products, avals, args, backend)
 
 
 mlir.register_lowering(sparse_dense_many_p, _lower, platform="cpu")

@@ -61,6 +61,12 @@ def _open(backend: str) -> Device | str:
         check_device(opened)
     except MetalError as error:
         return str(error)
+    except Exception as error:
+        # Whatever PyObjC does that was not foreseen must not keep the processor from being used.
+        return f"Metal: {type(error).__name__}: {error}; please report what `upg-jax doctor --metal` prints"
+    # All of them, so that exported programs run in a process that lowers none.
+    for operation in _OPERATIONS:
+        register(operation, backend)
     return opened
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,28 +62,42 @@ def reads(entries: int, backend: str) -> bool:
     return gains(backend) and (backend in BACKENDS or entries >= MIN_WORK)
 
 
-def takes(avals: Sequence[Any], layouts: Sequence[Layout], backend: str, decode: bool = False) -> bool:
-    """Whether an operation on platform "cpu" goes to Metal kernels.
+def takes(ctx: Any, operation: str, avals: Sequence[Any], layouts: Sequence[Layout], backend: str) -> bool:
+    """Whether an operation on platform "cpu" goes to Metal kernels, which are compiled then.
 
     Args:
-        avals: of the operands.
+        ctx: of the lowering.
+        operation: decoding to dense is rare and stays with the CPU unless the backend is forced.
+        avals: of the call's operands.
         layouts: of the layers.
         backend: as asked for.
-        decode: for decoding to dense, which is rare and stays with the CPU unless the backend is forced.
 
     Raises:
         BackendError: if a backend of Metal kernels is forced that cannot do it.
+        MetalError: if it is forced and a kernel does not compile.
     """
-    if backend in BACKENDS:
-        if reason := _unfit(avals, layouts, decode):
+    forced = backend in BACKENDS
+    if not forced and (operation == DECODE or not gains(backend)):
+        return False
+    if reason := _unfit(avals, layouts, operation):
+        if forced:
             raise BackendError(
                 f"backend {backend!r} cannot be used here: {reason}; use 'auto' or 'reference'"
             )
-        return True
-    if decode or not gains(backend) or _unfit(avals, layouts, decode):
         return False
     entries = sum(aval.shape[-1] for aval in avals if aval.dtype == jnp.int8)
-    return entries * math.prod(avals[0].shape[:-1]) >= MIN_WORK
+    if not forced and entries * math.prod(avals[0].shape[:-1]) < MIN_WORK:
+        return False
+    from upg_jax._sparse_dense import _metal_device
+
+    try:
+        _metal_device.prepare(operation, _device_of(backend), avals, ctx.avals_out)
+    except Exception as error:
+        if forced:
+            raise
+        warnings.warn(f"sparse_dense: the processor computes what the GPU would have: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def lowering(operation: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,28 +109,22 @@ def lowering(operation: str, otherwise: Callable[..., Any]) -> Callable[..., Any
     """
 
     def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
-        if not takes(ctx.avals_in, [layout], backend, decode=operation == DECODE):
-            return otherwise(ctx, *operands, layout=layout, backend=backend)
-        avals = ctx.avals_in
+        avals, ordered = ctx.avals_in, operands
         if operation != DECODE:
             # x, scales, index, *planes -> x, index, scales, *planes
-            avals, operands = ((a[0], a[2], a[1], *a[3:]) for a in (avals, operands))
-        return _lower_call(ctx, operation, avals, operands, backend)
+            avals, ordered = ((a[0], a[2], a[1], *a[3:]) for a in (avals, operands))
+        if not takes(ctx, operation, avals, [layout], backend):
+            return otherwise(ctx, *operands, layout=layout, backend=backend)
+        return lower_call(ctx, operation, avals, ordered, backend)
 
     return lower
 
 
-def lower_products(ctx: Any, *operands: Any, layouts: Sequence[Layout], backend: str) -> Any:
-    """The lowering rule of products that share their input."""
-    return _lower_call(ctx, PRODUCTS, ctx.avals_in, operands, backend)
-
-
-def _lower_call(ctx: Any, operation: str, avals: Sequence[Any], operands: Sequence[Any], backend: str) -> Any:
+def lower_call(ctx: Any, operation: str, avals: Sequence[Any], operands: Sequence[Any], backend: str) -> Any:
+    """Lowers to the custom call of an operation that Metal kernels take."""
     from upg_jax._sparse_dense import _metal_device
 
-    backend = "metal" if backend == "auto" else backend
-    target = _metal_device.register(operation, backend)
-    _metal_device.prepare(operation, backend, avals, ctx.avals_out)
+    target = _metal_device.register(operation, _device_of(backend))
     results = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
 
     def call(*operands: Any) -> Any:
@@ -128,8 +137,12 @@ def _lower_call(ctx: Any, operation: str, avals: Sequence[Any], operands: Sequen
     return mlir.lower_fun(call, multiple_results=True)(ctx.replace(avals_in=avals), *operands)
 
 
-def _unfit(avals: Sequence[Any], layouts: Sequence[Layout], decode: bool) -> str | None:
-    if not decode and str(avals[0].dtype) not in _ELEMENTS:
+def _device_of(backend: str) -> str:
+    return "metal" if backend == "auto" else backend
+
+
+def _unfit(avals: Sequence[Any], layouts: Sequence[Layout], operation: str) -> str | None:
+    if operation != DECODE and str(avals[0].dtype) not in _ELEMENTS:
         return f"x is {avals[0].dtype}"
     for layout in layouts:
         if getattr(layout, "index", "delta8") != "delta8":
