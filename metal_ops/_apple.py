@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import mmap
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 from metal_ops._buffers import COPY_BYTES, Bound, Buffers
 from metal_ops._errors import KernelError, UnavailableError
+from metal_ops._plans import Plan, Work, plan
 from metal_ops._source import Source
 from metal_ops._submission import Launch, Limits, Memory
 
@@ -44,6 +46,7 @@ class Device:
         self._lock = threading.Lock()
         self._libraries: dict[str, Any] = {}
         self._pipelines: dict[tuple[str, str], Any] = {}
+        self._plans: dict[tuple[Work, str | None], Plan] = {}
         self._resident: dict[bytes, tuple[Memory, mmap.mmap]] = {}
         self._buffers = Buffers(self._wrap, copy_bytes)
         self.command_buffers = self.copied_bytes = 0
@@ -89,6 +92,21 @@ class Device:
         """
         with self._lock, self._pool():
             return self._pipeline(source, kernel)
+
+    def plan(self, work: Work, variant: str | None = None) -> Plan:
+        """`metal_ops.plan` for this device, whose compiler may allow a kernel fewer threads; compiles the kernels.
+
+        Raises:
+            KernelError: as `prepare`.
+        """
+        key = work, variant
+        if key not in self._plans:
+            found = plan(work, self.limits, variant)
+            threads = [self.max_threads(step.source, step.kernel) for step in found.steps]
+            if any(step.threads[0] > most for step, most in zip(found.steps, threads, strict=True)):
+                found = plan(work, dataclasses.replace(self.limits, threads=min(threads)), variant)
+            self._plans[key] = found
+        return self._plans[key]
 
     def run(self, launches: Sequence[Launch]) -> float:
         """Runs launches in order, in one command buffer, and waits for them.

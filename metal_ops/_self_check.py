@@ -7,7 +7,7 @@ import numpy as np
 from metal_ops._apple import Device
 from metal_ops._buffers import COPY_BYTES
 from metal_ops._errors import KernelError
-from metal_ops._plans import Work, plan
+from metal_ops._plans import Work
 from metal_ops._submission import Memory
 
 _ROWS = 8
@@ -50,7 +50,7 @@ def check_device(device: Device) -> None:
     memory = {name: device.resident(plane.tobytes()) for name, plane in planes.items()}
     memory |= {"x": _memory(x), "index": _memory(index), "y": Memory(y.ctypes.data, y.nbytes, written=True)}
     work = Work("product", _ROWS, columns, len(values))
-    device.run(plan(work, device.limits).launches(memory))
+    device.run(device.plan(work).launches(memory))
     if not np.array_equal(y, expected):
         raise KernelError(
             f"Metal: {device.name} gave {y.tolist()} where a product of integers is {expected.tolist()}; "

@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 import metal_ops
+from metal_ops._buffers import Buffers
 from upg_jax import _metal_report
+from upg_jax._metal_report import _fast, _layer, _right
 from upg_jax._sparse_dense import unavailable_reason
 from upg_jax.cli._app import app
 
@@ -38,14 +40,15 @@ def test_everything_is_tried_and_works(lines):
     assert compiled == sum(map(len, signatures))
     # Four products and the transposed one in three dtypes, and decoding, on both manifolds; and the self-check.
     assert len(of(lines, "right")) == 2 * (4 * 3 + 3 + 1) + 1
+    assert [line.found for line in of(lines, "memory")] == ["read in place"] * 2
     assert len(of(lines, "jax")) == 3
-    assert len(of(lines, "fast")) == 2 + 2 * 2 * 4
+    assert len(of(lines, "fast")) == 2 + 2 * 2 * 6
 
 
 def test_every_kernel_that_metal_is_asked_for_is_in_it():
     names = {path.stem for path in metal_ops._source.KERNELS.glob("*.metal")}
     for_nvidia = {"mdcsr_levels", "sparse_matvec_stream"}
-    assert names - for_nvidia == set(_metal_report._SOURCES)
+    assert names - for_nvidia == set(_right.SOURCES)
 
 
 def test_times_have_units_and_shares(lines):
@@ -76,7 +79,7 @@ def test_a_wrong_kernel_fails_its_lines_and_no_others(monkeypatch):
 
     monkeypatch.setattr(metal_ops.Device, "run", wrong_batches)
     device = metal_ops.open_emulated_device()
-    failed = [line for line in _metal_report._check(device) if not line.ok]
+    failed = [line for line in _right.checking(device, set(_right.SOURCES)) if not line.ok]
     assert [line.name for line in failed] == ["sparse_matvec_batch prime float16"]
     assert re.search(r"AssertionError: [\d.e+]+ times the bound", failed[0].found)
 
@@ -87,7 +90,7 @@ def memory_of(memory):
     return (ctypes.c_char * memory.nbytes).from_address(memory.address)
 
 
-def test_a_kernel_that_does_not_compile_ends_it_after_the_others(monkeypatch):
+def test_a_kernel_that_does_not_compile_keeps_no_other_from_being_tried(monkeypatch):
     library = metal_ops.Device._library
 
     def refuse(self, source):
@@ -96,10 +99,39 @@ def test_a_kernel_that_does_not_compile_ends_it_after_the_others(monkeypatch):
         return library(self, source)
 
     monkeypatch.setattr(metal_ops.Device, "_library", refuse)
-    lines = list(_metal_report.report())
-    assert [line.name for line in lines if not line.ok] == ["dense_sparse"]
-    assert "no such thing" in lines[-2].found
-    assert lines[-1].section == "compiles"
+    device = metal_ops.open_emulated_device()
+    (failed,) = [line for line in _right.compiling(device) if not line.ok]
+    assert failed.found == "KernelError: Metal: dense_sparse does not compile: no such thing"
+    compiled = set(_right.SOURCES) - {failed.name}
+    right, fast = list(_right.checking(device, compiled)), list(_fast.timing(device, compiled, emulated=True))
+    assert [line for line in (*right, *fast) if not line.ok or "dense_sparse" in line.name] == []
+    assert len(right) == 2 * (4 * 3 + 1) + 1
+    assert len(fast) == 2 + 2 * 2 * 5
+
+
+def test_memory_that_must_be_copied_is_told(monkeypatch):
+    """As where Metal refuses both, and gives buffers over memory of our own only."""
+    monkeypatch.setattr(Buffers, "_in_region", lambda self, memory: None)
+    monkeypatch.setattr(Buffers, "_wrap", lambda self, memories, bound: memories)
+    lines = list(_fast.memory(metal_ops.open_emulated_device()))
+    assert [line.ok for line in lines] == [False, False]
+    assert all("right, but copied" in line.found for line in lines)
+
+
+def test_caches_are_avoided_by_copies_in_turns(monkeypatch):
+    device = metal_ops.open_emulated_device()
+    layer = _layer.Layer(device, (64, 256), 0.5, "prime", beyond=100_000)
+    assert len(layer._copies) * layer.nbytes >= 100_000
+    plan, (x, y) = (
+        layer.plan(device, "sparse_matvec", 1, "float32"),
+        layer.arrays("sparse_matvec", 1, "float32"),
+    )
+    found = []
+    for copy in range(len(layer._copies)):
+        layer.run(device, plan, x, y, copy)
+        found.append(y.copy())
+    assert len({memory["values"].address for memory in layer._copies}) == len(found) > 1
+    np.testing.assert_array_equal(found, np.broadcast_to(found[0], (len(found), 1, 64)))
 
 
 def test_without_a_device_it_says_so(monkeypatch):
@@ -108,7 +140,7 @@ def test_without_a_device_it_says_so(monkeypatch):
 
     monkeypatch.setattr(metal_ops, "open_emulated_device", nothing)
     assert list(_metal_report.report())[-1] == _metal_report.Line(
-        "device", "opening", False, "Metal: this process has no GPU"
+        "device", "opening", False, "UnavailableError: Metal: this process has no GPU"
     )
 
 

@@ -94,6 +94,15 @@ def test_the_self_check_catches_a_device_that_computes_something_else(source, mo
         metal_ops.check_device(device)
 
 
+def test_plans_keep_to_the_threads_that_the_compiler_allows():
+    device = open_emulated_device(max_threads=96)
+    work = metal_ops.Work("transposed", 300, 500, 1000)
+    found = device.plan(work)
+    assert [step.threads for step in found.steps] == [(96, 1, 1), (96, 1, 1)]
+    assert device.plan(work) is found
+    metal_ops.check_device(device)
+
+
 class TestOpening:
     """`open_apple_device` with a Metal and an objc that are the stand-in's."""
 

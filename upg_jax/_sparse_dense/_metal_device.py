@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,10 @@ from metal_ops import (
     Device,
     Memory,
     MetalError,
-    Plan,
     Work,
     check_device,
     open_apple_device,
     open_emulated_device,
-    plan,
     prime_table,
     register_call,
 )
@@ -90,7 +87,7 @@ def prepare(operation: str, backend: str, operands: Sequence[Any], results: Sequ
         [Array(0, tuple(a.shape), str(a.dtype), 0) for a in arrays] for arrays in (operands, results)
     ]
     for work, *_ in _works(operation, *described):
-        plan_for(device(backend), work)
+        device(backend).plan(work)
 
 
 def _run(operation: str, backend: str, call: Call) -> None:
@@ -106,19 +103,9 @@ def _run(operation: str, backend: str, call: Call) -> None:
         memory = {name: Memory(a.address, a.nbytes, written=name == "y") for name, a in arrays.items()}
         if work.manifold == "prime":
             memory["prime_table"] = gpu.resident(_PRIME_TABLE)
-        launches += plan_for(gpu, work).launches(memory)
+        launches += gpu.plan(work).launches(memory)
     if launches:
         gpu.run(launches)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_for(gpu: Device, work: Work, variant: str | None = None) -> Plan:
-    """A plan whose threadgroups are no larger than this device's compiler made the kernels for."""
-    found = plan(work, gpu.limits, variant)
-    threads = [gpu.max_threads(step.source, step.kernel) for step in found.steps]
-    if all(step.threads[0] <= limit for step, limit in zip(found.steps, threads, strict=True)):
-        return found
-    return plan(work, dataclasses.replace(gpu.limits, threads=min(threads)), variant)
 
 
 def _works(
