@@ -32,10 +32,6 @@ class Buffer(MetalObject):
     def __init__(self, address: int, nbytes: int, memory: Any) -> None:
         self._address, self._nbytes, self._memory = address, nbytes, memory
 
-    def length(self) -> int:
-        """Its size in bytes."""
-        return self._nbytes
-
 
 class Queue(MetalObject):
     """`MTLCommandQueue`."""

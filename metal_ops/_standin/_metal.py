@@ -126,10 +126,6 @@ class Device(MetalObject):
         """Bytes of threadgroup memory."""
         return 32 * 1024
 
-    def recommendedMaxWorkingSetSize(self) -> int:  # noqa: N802
-        """Bytes of memory that the device uses well."""
-        return self._metal._max_buffer_length
-
     def newCommandQueue(self) -> Queue:  # noqa: N802
         """Makes a queue."""
         return Queue(self._metal)

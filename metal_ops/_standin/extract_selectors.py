@@ -10,7 +10,6 @@ the values of constants are kept.
 
 from __future__ import annotations
 
-import pprint
 import re
 import sys
 import types
@@ -28,9 +27,7 @@ _METHODS = (
     "hasUnifiedMemory",
     "maxBufferLength",
     "maxThreadgroupMemoryLength",
-    "recommendedMaxWorkingSetSize",
-    # MTLBuffer, MTLLibrary, MTLComputePipelineState
-    "length",
+    # MTLLibrary, MTLComputePipelineState
     "newFunctionWithName:",
     "maxTotalThreadsPerThreadgroup",
     "threadExecutionWidth",
@@ -114,21 +111,42 @@ def signature(selector: str, metadata: dict[str, Any]) -> tuple[str, ...]:
     return (result, *(code(arguments.get(2 + i, {})) for i in range(selector.count(":"))))
 
 
+def table(version: str, methods: dict[str, tuple[str, ...]], constants: dict[str, int]) -> str:
+    """The text of `_selectors.py`."""
+
+    def codes(types: tuple[str, ...]) -> str:
+        return "(" + ", ".join(f'"{code}"' for code in types) + ("," if len(types) == 1 else "") + ")"
+
+    rows = [f'    "{name}": {codes(types)},' for name, types in sorted(methods.items())]
+    values = [f'    "{name}": {value},' for name, value in constants.items()]
+    return "\n".join(
+        [
+            f'"""Made by `extract_selectors.py` from pyobjc-framework-Metal {version}; facts about its interface."""',
+            "",
+            "from __future__ import annotations",
+            "",
+            "METHODS: dict[str, tuple[str, ...]] = {",
+            *rows,
+            "}",
+            "",
+            "CONSTANTS: dict[str, int] = {",
+            *values,
+            "}",
+            "",
+            f"FUNCTIONS = {codes(_FUNCTIONS)}",
+            "",
+        ]
+    )
+
+
 def main(wheel: Path) -> None:
     """Writes the table beside this file."""
     methods, constants, functions = read_metadata(wheel)
     missing = [m for m in _METHODS if m not in methods] + [f for f in _FUNCTIONS if f not in functions]
     if missing:
         raise SystemExit(f"{wheel.name} does not describe {', '.join(missing)}")
-    table = {name: signature(name, methods[name]) for name in _METHODS} | _DOCUMENTED
-    version = wheel.name.split("-")[1]
-    text = (
-        f'"""Made by `extract_selectors.py` from pyobjc-framework-Metal {version}; facts about its interface."""\n\n'
-        "from __future__ import annotations\n\n"
-        f"METHODS: dict[str, tuple[str, ...]] = {pprint.pformat(dict(sorted(table.items())), width=100)}\n\n"
-        f"CONSTANTS: dict[str, int] = {pprint.pformat({n: constants[n] for n in _CONSTANTS}, width=100)}\n\n"
-        f"FUNCTIONS = {_FUNCTIONS!r}\n"
-    )
+    found = {name: signature(name, methods[name]) for name in _METHODS} | _DOCUMENTED
+    text = table(wheel.name.split("-")[1], found, {name: constants[name] for name in _CONSTANTS})
     Path(__file__).with_name("_selectors.py").write_text(text, encoding="utf-8")
 
 

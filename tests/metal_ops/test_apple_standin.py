@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from metal_ops import _apple
-from metal_ops._standin import MetalRuleError, StandIn
+from metal_ops._standin import MetalRuleError, StandIn, extract_selectors
 from metal_ops._standin._open import _compile
 from metal_ops._standin._selectors import CONSTANTS, FUNCTIONS, METHODS
 from metal_ops._standin.extract_selectors import read_metadata, signature
@@ -289,3 +289,11 @@ def test_extracting_the_table_from_a_wheel(tmp_path):
     assert signature("setFast:", methods["setFast:"]) == ("v", "Z")
     assert constants == {"MTLMathModeSafe": 0, "MTLOther": -3}
     assert list(functions) == ["MTLSizeMake"]
+
+
+def test_the_table_is_what_the_script_writes():
+    path = Path(extract_selectors.__file__).with_name("_selectors.py")
+    text = path.read_text(encoding="utf-8")
+    version = re.search(r"pyobjc-framework-Metal ([\d.]+);", text)[1]
+    assert text == extract_selectors.table(version, METHODS, CONSTANTS)
+    assert set(METHODS) == {*extract_selectors._METHODS, *extract_selectors._DOCUMENTED}
