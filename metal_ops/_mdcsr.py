@@ -7,12 +7,15 @@ import functools
 
 import numpy as np
 
+_LARGEST_CHUNK = 1024
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
     """The `constant` struct at buffer index 10 of every kernel (`kernels/mdcsr.h`): whole numbers below 2**32.
 
-    So is the number of elements of `x`, `groups * vectors * columns`; more groups take several dispatches.
+    So are the elements of `x`, `groups * vectors * columns` (more groups take several dispatches), and the rows of all
+    layers.
 
     Attributes:
         rows: of the matrix (features out).
@@ -39,6 +42,9 @@ class Parameters:
     def __post_init__(self) -> None:
         numbers = dataclasses.asdict(self)
         numbers["elements of x"] = self.groups * self.vectors * self.columns
+        numbers["rows of all layers"] = self.layers * self.rows
+        # Kernels count entries by chunks, beyond a row's end.
+        numbers["capacity and a chunk"] = self.capacity + _LARGEST_CHUNK
         for name, number in numbers.items():
             if not 0 <= number < 2**32:
                 raise ValueError(f"Parameters: {name} must be at least 0 and below 2**32; got {number}")

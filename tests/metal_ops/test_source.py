@@ -76,6 +76,23 @@ def test_the_parameters_are_packed_as_the_kernels_read_them():
     assert np.frombuffer(packed, np.uint32).tolist() == list(numbers.values())
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rows": -1}, "rows must be at least 0 and below 2\\*\\*32; got -1"),
+        ({"columns": 2**32}, "columns must be"),
+        ({"vectors": 2**20, "groups": 2**10}, "elements of x must be"),
+        ({"layers": 2**25}, "rows of all layers must be"),
+        ({"capacity": 2**32 - 1}, "capacity and a chunk must be"),
+    ],
+)
+def test_what_kernels_count_in_32_bits_must_fit(change, says):
+    shape = {"rows": 128, "columns": 128, "capacity": 1000}
+    metal_ops.Parameters(**shape)
+    with pytest.raises(ValueError, match=says):
+        metal_ops.Parameters(**{**shape, **change})
+
+
 def test_the_prime_table_is_that_of_the_format():
     table = metal_ops.prime_table().astype(np.uint32)
     table[6542:] += 65_536
