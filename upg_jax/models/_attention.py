@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from upg_jax.models._cache import positions_in, read, write
+from upg_jax.models._native_attention import attend_position, fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,8 @@ def attend_cached(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """`attend` over what a layer's cache holds and new tokens, which are stored; reads little more than is filled.
 
-    A decode step is bound by memory, and a cache is mostly empty when an answer begins: which of a few static lengths
-    is read is chosen at run time.
+    A decode step is bound by memory, and a cache is mostly empty when an answer begins: a kernel reads what is filled,
+    and where there is none, which of a few static lengths is read is chosen at run time.
 
     Args:
         q: `(batch, tokens, heads, head_dim)`.
@@ -109,28 +111,51 @@ def attend_cached(
         stored &= positions >= full[:, None] - length
     targets = jnp.where(stored, positions % length, length)
 
-    def over(held: tuple[jax.Array, jax.Array], filled: jax.Array, shortest: int, fresh: bool) -> jax.Array:
-        def branch(n: int) -> jax.Array:
-            keys, values = (read(buffer, index, n) for buffer in held)
-            key_positions = positions_in(filled, n, length)
-            if fresh:
-                keys = jnp.concatenate([keys, k.swapaxes(1, 2)], axis=2)
-                values = jnp.concatenate([values, v.swapaxes(1, 2)], axis=2)
-                key_positions = jnp.concatenate([key_positions, positions], axis=1)
-            return attend(q, keys, values, positions, key_positions, scores)
-
-        windows = window_lengths(length, shortest, buffers[0].shape[0] == 1)
-        which = jnp.sum(jnp.max(filled) > jnp.asarray(windows[:-1], jnp.int32))
-        return lax.switch(which, [lambda n=n: branch(n) for n in windows])
-
     if overwrites:
         # Some of what the new tokens overwrite is still seen by the first of them.
-        out = over(buffers, past, 0, fresh=True)
+        out = _attend_filled(q, *buffers, index, positions, past, scores, fresh=(k, v))
         out, buffers = lax.optimization_barrier((out, buffers))
     buffers = (write(buffers[0], index, k, targets), write(buffers[1], index, v, targets))
     if not overwrites:
-        out = over(buffers, full, tokens, fresh=False)
+        out = _attend_stored(q, *buffers, index, positions, full, scores)
     return out, buffers
+
+
+def _attend_stored(q: jax.Array, keys: jax.Array, *rest: Any) -> jax.Array:
+    """`_attend_filled` without fresh keys, by the fastest means."""
+    *arrays, scores = rest
+    if not fits(q, keys):
+        return _attend_filled(q, keys, *arrays, scores)
+    pure = functools.partial(_attend_filled, scores=scores)
+    return attend_position(pure, q, keys, *arrays, **dataclasses.asdict(scores))
+
+
+def _attend_filled(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    index: Any,
+    positions: jax.Array,
+    filled: jax.Array,
+    scores: Scores,
+    fresh: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """`attend` over the filled part of a layer's buffers, and over `fresh` keys and values of `positions` if given."""
+    length = keys.shape[-2]
+
+    def branch(n: int) -> jax.Array:
+        k, v = read(keys, index, n), read(values, index, n)
+        key_positions = positions_in(filled, n, length)
+        if fresh is not None:
+            k, v = (
+                jnp.concatenate([x, new.swapaxes(1, 2)], axis=2) for x, new in zip((k, v), fresh, strict=True)
+            )
+            key_positions = jnp.concatenate([key_positions, positions], axis=1)
+        return attend(q, k, v, positions, key_positions, scores)
+
+    windows = window_lengths(length, q.shape[1] if fresh is None else 0, keys.shape[0] == 1)
+    which = jnp.sum(jnp.max(filled) > jnp.asarray(windows[:-1], jnp.int32))
+    return lax.switch(which, [lambda n=n: branch(n) for n in windows])
 
 
 def window_lengths(capacity: int, tokens: int, unrolled: bool) -> list[int]:

@@ -20,6 +20,32 @@ struct Workspace {
   std::uint32_t cuts[kRows * (kBlocks + 1)];
 };
 
+// One query position for each sequence of a batch, over one layer of a cache.
+struct Attention {
+  static constexpr size_t kMostDim = 512;
+
+  const void* queries;  // (batch, heads, dim)
+  const void* keys;     // (layers, batch, kv_heads, length, dim); position p lies at p % length
+  const void* values;   // like keys
+  Element element;      // of all three
+  const std::int32_t* positions;  // (batch) of the queries
+  const std::int32_t* filled;     // (batch) how many positions each sequence has had
+  size_t layer;
+  size_t batch;
+  size_t heads;
+  size_t kv_heads;
+  size_t length;
+  size_t dim;
+  float scale;
+  float cap;            // 0 for none
+  std::int32_t window;  // positions that a query sees; 0 for all
+
+  // How many slots of a sequence hold a key.
+  size_t slots(size_t sequence) const {
+    return filled[sequence] > 0 ? smaller(static_cast<size_t>(filled[sequence]), length) : 0;
+  }
+};
+
 constexpr size_t kSlabsAtOnce = Workspace::kRows;
 // Rows that the products of matrices take at a time.
 constexpr size_t kMatrixRows = 32;
@@ -46,6 +72,8 @@ struct Kernels {
   // The first row of [0, rows) whose last column is not below `columns`, or rows.
   size_t (*first_row_outside)(const Layer&);
   void (*to_float)(const void* x, Element, float* out, size_t count);
+  // The result (batch, heads, dim) of one query head: `item` counts them through the batch. 0 where it sees no key.
+  void (*attend)(const Attention&, float* out, size_t item, Workspace&);
 };
 
 extern const Kernels kPortableKernels;

@@ -1,6 +1,7 @@
 // The table of kernels of one instruction set.
 #pragma once
 
+#include "attention.h"
 #include "dense.h"
 #include "matrix_product.h"
 #include "product.h"
@@ -25,6 +26,7 @@ constexpr Kernels kernels_of() {
       decode<Isa>,
       first_row_outside<Isa>,
       to_float<Isa>,
+      attend<Isa>,
   };
 }
 

@@ -210,6 +210,22 @@ class DecodePlan : public Plan {
   Chunks rows_;
 };
 
+class AttentionPlan : public Plan {
+ public:
+  AttentionPlan(const Attention& attention, float* out) : attention_(attention), out_(out) {
+    items_ = {attention.batch * attention.heads};
+    for (size_t b = 0; b < attention.batch; ++b) {
+      cost_ += 0.15 * static_cast<double>(attention.heads * attention.slots(b) * attention.dim);
+    }
+  }
+
+  void run(size_t, size_t item) const override { kernels().attend(attention_, out_, item, workspace()); }
+
+ private:
+  Attention attention_;
+  float* out_;
+};
+
 }  // namespace
 
 Layer Stack::layer(size_t i) const {
@@ -249,5 +265,9 @@ std::unique_ptr<Plan> transposed_plan(const Stack& stack, const Vectors& g, floa
 }
 
 std::unique_ptr<Plan> decode_plan(const Stack& stack, float* out) { return std::make_unique<DecodePlan>(stack, out); }
+
+std::unique_ptr<Plan> attention_plan(const Attention& attention, float* out) {
+  return std::make_unique<AttentionPlan>(attention, out);
+}
 
 }  // namespace upg

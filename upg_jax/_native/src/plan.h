@@ -54,5 +54,7 @@ std::unique_ptr<Plan> product_plan(const Stack&, const Vectors& x, float* y, flo
 std::unique_ptr<Plan> transposed_plan(const Stack&, const Vectors& g, float* y, float* scratch);
 // Every layer of the stack to dense: out (layers, rows, columns)
 std::unique_ptr<Plan> decode_plan(const Stack&, float* out);
+// out (batch, heads, dim)
+std::unique_ptr<Plan> attention_plan(const Attention&, float* out);
 
 }  // namespace upg

@@ -1,0 +1,144 @@
+"""The compiled kernel of attention at one position, against a plain softmax in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from upg_jax import _native, use_backend
+from upg_jax.models._attention import Scores, attend_cached
+
+pytestmark = pytest.mark.skipif(_native.load() is None, reason=f"{_native.unavailable_reason()}")
+
+CASES = [
+    # batch, heads, kv_heads, dim, length, capacity, tokens before
+    (1, 9, 3, 64, 256, 256, [130]),
+    (3, 4, 2, 16, 40, 40, [0, 39, 7]),
+    (2, 2, 1, 80, 24, 100, [90, 3]),  # a ring that has gone round, and one that has not
+    (1, 4, 4, 7, 300, 300, [299]),
+    (1, 2, 2, 512, 70, 70, [69]),
+]
+
+
+def softmax_oracle(q, keys, values, position, key_positions, scores):
+    """One sequence in float64: q (heads, dim), keys (kv_heads, n, dim)."""
+    group = q.shape[0] // keys.shape[0]
+    out = []
+    for h, row in enumerate(q.astype(np.float64)):
+        products = keys[h // group].astype(np.float64) @ row * scores.scale
+        if scores.cap is not None:
+            products = scores.cap * np.tanh(products / scores.cap)
+        behind = position - key_positions
+        visible = (behind >= 0) & (behind < (scores.window or np.inf))
+        weights = np.where(visible, np.exp(products - products[visible].max()), 0)
+        out.append(weights / weights.sum() @ values[h // group].astype(np.float64))
+    return np.concatenate(out)
+
+
+def inputs(case, dtype, layers=2):
+    batch, heads, kv_heads, dim, length, capacity, past = case
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    buffers = tuple(draw(layers, batch, kv_heads, length, dim) for _ in range(2))
+    new = draw(batch, 1, heads, dim), *(draw(batch, 1, kv_heads, dim) for _ in range(2))
+    return new, buffers, jnp.asarray(past, jnp.int32), jnp.ones(batch, jnp.int32), capacity
+
+
+def run(new, buffers, past, counts, capacity, scores, index=1):
+    return attend_cached(*new, buffers, index, past, counts, capacity, scores)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "scores", [Scores(scale=0.2), Scores(scale=0.5, cap=3.0), Scores(scale=0.2, window=20)], ids=str
+)
+def test_one_position_attends_like_the_definition(case, dtype, scores):
+    (q, k, v), buffers, past, counts, capacity = inputs(case, dtype)
+    with use_backend("native"):
+        out, (keys, values) = jax.jit(run, static_argnums=(4, 5))(
+            (q, k, v), buffers, past, counts, capacity, scores
+        )
+    length = case[4]
+    for b, before in enumerate(case[-1]):
+        held = np.arange(max(before + 1 - length, 0), before + 1)
+        place = held % length
+        expected = softmax_oracle(
+            *(np.asarray(x, np.float32) for x in (q[b, 0], keys[1, b][:, place], values[1, b][:, place])),
+            before,
+            held,
+            scores,
+        )
+        # Scores are sums of `dim` products: each of their roundings moves a weight by as much, relatively.
+        products = (
+            np.abs(np.asarray(q[b, 0], np.float32)).sum(-1).max() * np.abs(np.asarray(keys, np.float32)).max()
+        )
+        bound = (
+            (16 + products * scores.scale)
+            * np.finfo(np.float32).eps
+            * np.abs(np.asarray(values, np.float32)).max()
+        )
+        rounding = float(jnp.finfo(dtype).eps) * np.abs(expected) + float(jnp.finfo(dtype).tiny)
+        assert np.all(np.abs(np.asarray(out[b, 0], np.float32) - expected) <= bound + rounding)
+
+
+def test_it_lowers_to_the_kernel_on_cpus_alone_and_the_reference_to_none():
+    new, buffers, past, counts, capacity = inputs(CASES[0], jnp.float32)
+    scores = Scores(scale=1.0)
+
+    def lowered(platform):
+        traced = jax.jit(run, static_argnums=(4, 5)).trace(new, buffers, past, counts, capacity, scores)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert _native.ATTEND in lowered("cpu")
+    assert _native.ATTEND not in lowered("cuda")
+    with use_backend("reference"):
+        assert _native.ATTEND not in lowered("cpu")
+
+
+def test_derivatives_and_vmap_agree_with_the_reference():
+    new, buffers, past, counts, capacity = inputs(CASES[1], jnp.float32)
+    scores = Scores(scale=0.3, cap=5.0)
+
+    def loss(new, buffers):
+        return jnp.sum(run(new, buffers, past, counts, capacity, scores)[0] ** 2)
+
+    def mapped(new, buffers):
+        return jax.vmap(
+            lambda scale: run(
+                jax.tree.map(lambda x: x * scale, new), buffers, past, counts, capacity, scores
+            )[0]
+        )(jnp.array([0.5, 1.0, 2.0]))
+
+    with use_backend("reference"):
+        expected = jax.grad(loss, (0, 1))(new, buffers), mapped(new, buffers)
+    with use_backend("native"):
+        found = jax.grad(loss, (0, 1))(new, buffers), mapped(new, buffers)
+    # Gradients pass the kernel's own output on, which differs by roundings.
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_hostile_positions_lengths_and_layers_stay_inside_the_cache():
+    new, buffers, _, _, capacity = inputs(CASES[1], jnp.float32)
+    with use_backend("native"):
+        for index in (-5, 99):
+            for past in ([-(2**31), 2**31 - 2, -1], [10**9, -7, 2**31 - 1]):
+                counts = jnp.asarray([0, 1, -3], jnp.int32)
+                out, _ = run(
+                    new, buffers, jnp.asarray(past, jnp.int32), counts, capacity, Scores(scale=1.0), index
+                )
+                assert out.shape == (3, 1, 64)
+
+
+def test_a_key_that_is_no_number_shows_in_the_result():
+    (q, k, v), buffers, past, counts, capacity = inputs(CASES[0], jnp.float32)
+    with use_backend("native"):
+        out, _ = run((q, k.at[0, 0, 1].set(jnp.nan), v), buffers, past, counts, capacity, Scores(scale=1.0))
+    heads = np.isnan(np.asarray(out).reshape(9, 64)).all(axis=1)
+    assert heads.tolist() == [False] * 3 + [True] * 3 + [False] * 3
