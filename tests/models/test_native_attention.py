@@ -87,6 +87,22 @@ def test_one_position_attends_like_the_definition(case, dtype, scores):
         assert np.all(np.abs(np.asarray(out[b, 0], np.float32) - expected) <= bound + rounding)
 
 
+@pytest.mark.parametrize("name", _native.load().usable_kernels if _native.load() else [])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_instruction_set_computes_the_same(case, name):
+    new, buffers, past, counts, capacity = inputs(case, jnp.bfloat16)
+    # Without a result's rounding to bfloat16, in which neighbours differ by far more than sums do.
+    new, buffers = jax.tree.map(lambda x: x.astype(jnp.float32), (new, buffers))
+    scores = Scores(scale=0.1, cap=4.0)
+    with use_backend("reference"):
+        expected, _ = run(new, buffers, past, counts, capacity, scores)
+    with use_backend("native"), _native.load().use_kernels(name):
+        out, _ = run(new, buffers, past, counts, capacity, scores)
+    products = np.abs(np.asarray(new[0])).sum(-1).max() * np.abs(np.asarray(buffers[0])).max()
+    bound = (16 + products * scores.scale) * np.finfo(np.float32).eps * np.abs(np.asarray(buffers[1])).max()
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2 * bound)
+
+
 def test_it_lowers_to_the_kernel_on_cpus_alone_and_the_reference_to_none():
     new, buffers, past, counts, capacity = inputs(CASES[0], jnp.float32)
     scores = Scores(scale=1.0)
