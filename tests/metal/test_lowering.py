@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
 from helpers.layers import Case, stacked
+from helpers.versions import needs
 
 import upg_jax
 from metal_ops import KernelError
@@ -81,6 +82,7 @@ def test_scan_over_a_stack_with_gradients(emulator):
     assert_within_bound(vjp(ct)[0], lambda g, a, b, c: g @ c @ b @ a, ct, *w, terms=terms)
 
 
+@needs("sharding.AxisType")
 def test_on_several_devices_under_shard_map(emulator):
     case = CASES[0]
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -177,7 +179,7 @@ def test_an_exported_program_runs_in_a_process_that_lowered_nothing(emulator, tm
     exported = jax.export.export(jax.jit(lambda x: sparse_dense(x, case.layer)), disabled_checks=allowed)
     path.write_bytes(exported(case.x(4)).serialize())
     np.save(tmp_path / "x.npy", case.x(4))
-    script = """import sys, jax, numpy, upg_jax
+    script = """import sys, jax.export, numpy, upg_jax
 program = jax.export.deserialize(open(sys.argv[1] + "/program", "rb").read())
 with upg_jax.use_backend("emulator"):
     numpy.save(sys.argv[1] + "/y.npy", program.call(numpy.load(sys.argv[1] + "/x.npy")))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.versions import enable_x64
 
 from metal_ops import Call, register_call
 from metal_ops._ffi import _guard, make_handler
@@ -70,7 +71,7 @@ def test_arrays_arrive_as_they_are(dtype, shape):
 
 
 def test_sixty_four_bits():
-    with jax.enable_x64(True):
+    with enable_x64():
         for dtype in (np.float64, np.int64, np.uint64):
             x = np.array([1, 2**40], dtype)
             np.testing.assert_array_equal(jax.jit(lambda x: call("copy", x))(x), x)

@@ -131,3 +131,25 @@ def test_a_matrix_without_columns_gives_zeros():
     x = np.zeros((1, 3, 0), np.float32)
     for kernel in metal.PRODUCTS:
         np.testing.assert_array_equal(metal.product(kernel, empty, x, tile=4), np.zeros((1, 3, ROWS)))
+
+
+@pytest.mark.parametrize("manifold", metal.MANIFOLDS)
+def test_an_entry_one_column_outside_ends_its_row(manifold):
+    """Where the next vector begins, so that reading it would show."""
+    deltas = np.array([[255, 0, 0, 254, 1, 0]], np.uint8)
+    planes = Planes(
+        values=metal.aligned(np.full((1, 6), 100, np.int8)),
+        deltas=metal.aligned(deltas),
+        prime_indices=metal.aligned(np.zeros((1, 6), np.uint16)) if manifold == "prime" else None,
+        scales=np.ones((1, 2), np.float32),
+        row_pointers=np.array([[0, 3, 6]], np.uint32),
+        shape=(2, 255),
+    )
+    dense = np.zeros((2, 255), np.float32)
+    dense[1, 254] = 200 if manifold == "prime" else 100
+    x, g = np.ones((1, 3, 255), np.float32), np.ones((1, 3, 2), np.float32)
+    for kernel in metal.PRODUCTS:
+        np.testing.assert_array_equal(metal.product(kernel, planes, x, tile=100), x @ dense.T)
+    for parts in (1, 2):
+        np.testing.assert_array_equal(metal.transposed(planes, g, parts=parts), g @ dense)
+    np.testing.assert_array_equal(metal.decode(planes, tile=100)[0], dense)
