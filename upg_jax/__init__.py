@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from upg_jax._pack import pack, unpack
     from upg_jax._partition import combine, partition
     from upg_jax._sparse_dense import sparse_dense, use_backend
+    from upg_jax._trainable import TrainableMdCSR
     from upg_jax.inference import UPGModel
     from upg_jax.io import UPGDecompressor, save
 
@@ -33,6 +34,7 @@ __all__ = [
     "FormatError",
     "MdCSR",
     "MissingDependencyError",
+    "TrainableMdCSR",
     "UPGDecompressor",
     "UPGError",
     "UPGModel",
@@ -63,6 +65,7 @@ _MODULE_OF = {
     "partition": "upg_jax._partition",
     "sparse_dense": "upg_jax._sparse_dense",
     "use_backend": "upg_jax._sparse_dense",
+    "TrainableMdCSR": "upg_jax._trainable",
     "UPGModel": "upg_jax.inference",
     "UPGDecompressor": "upg_jax.io",
     "save": "upg_jax.io",

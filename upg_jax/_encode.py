@@ -60,7 +60,7 @@ def encode_dense(
         entries, scales[start:stop] = quantize_entries(
             rows, columns, chunk[rows, columns], num_rows=stop - start, manifold=manifold, first_row=start
         )
-        chunks.append(_encode_chunk(entries, (stop - start, w.shape[1]), row_alignment, index))
+        chunks.append(encode_chunk(entries, (stop - start, w.shape[1]), row_alignment, index))
     return assemble(
         chunks,
         scales,
@@ -89,7 +89,7 @@ def encode_levels(levels: np.ndarray, scales: np.ndarray, *, dtype: Any, index: 
     for start, stop in _row_chunks(levels.shape):
         rows, columns = np.nonzero(levels[start:stop])
         entries = (rows, columns, levels[start:stop][rows, columns])
-        chunks.append(_encode_chunk(entries, (stop - start, levels.shape[1]), 1, index))
+        chunks.append(encode_chunk(entries, (stop - start, levels.shape[1]), 1, index))
     return assemble(
         chunks,
         scales,
@@ -101,9 +101,10 @@ def encode_levels(levels: np.ndarray, scales: np.ndarray, *, dtype: Any, index: 
     )
 
 
-def _encode_chunk(
+def encode_chunk(
     entries: tuple[np.ndarray, ...], size: tuple[int, int], row_alignment: int, index: Index
 ) -> EncodedRows:
+    """The planes of `size` rows and columns, from entries as `quantize_entries` makes them."""
     if index == "dense":
         return encode_dense_rows(*entries, size=size, row_alignment=row_alignment)
     encoded = encode_entries(*entries, num_rows=size[0], row_alignment=row_alignment)

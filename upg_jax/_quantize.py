@@ -26,6 +26,7 @@ def quantize_entries(
     num_rows: int,
     manifold: Manifold,
     first_row: int = 0,
+    scales: np.ndarray | None = None,
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Quantizes float weights with absolute columns, row by row.
 
@@ -36,6 +37,7 @@ def quantize_entries(
         num_rows: rows to quantize; rows without entries get scale 0.
         manifold: of the result.
         first_row: the number of row 0 in the matrix, for messages.
+        scales: float32 `(num_rows,)`, instead of those with which rows use all levels.
 
     Returns:
         The entries that are not 0, as `encode_entries` takes them, and the scales, float32 `(num_rows,)`.
@@ -43,11 +45,12 @@ def quantize_entries(
     Raises:
         EncodingError: if a row is too large for the format.
     """
-    largest = np.zeros(num_rows, np.float32)
-    if weights.size:
-        boundaries = np.flatnonzero(np.diff(rows, prepend=-1))
-        largest[rows[boundaries]] = np.maximum.reduceat(np.abs(weights), boundaries)
-    scales = scales_of(largest, manifold, first_row)
+    if scales is None:
+        largest = np.zeros(num_rows, np.float32)
+        if weights.size:
+            boundaries = np.flatnonzero(np.diff(rows, prepend=-1))
+            largest[rows[boundaries]] = np.maximum.reduceat(np.abs(weights), boundaries)
+        scales = scales_of(largest, manifold, first_row)
     row_scales = scales[rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         targets = np.where(row_scales > 0, weights.astype(np.float64) / row_scales, 0.0)

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from upg_jax._version import __version__
-from upg_jax.cli import _bench, _compress, _convert, _demo, _doctor, _evaluate, _generate, _inspect
+from upg_jax.cli import (
+    _bench,
+    _compress,
+    _convert,
+    _demo,
+    _doctor,
+    _evaluate,
+    _generate,
+    _inspect,
+    _recover,
+    _report,
+)
 
 app = typer.Typer(
     help="Compressed linear layers for JAX: compress, inspect and run language models.",
@@ -34,10 +45,12 @@ def _options(
 
 app.command("demo")(_demo.demo)
 app.command("compress")(_compress.compress)
+app.command("recover")(_recover.recover)
 app.command("convert")(_convert.convert)
 app.command("inspect")(_inspect.inspect)
 app.command("verify")(_inspect.verify)
 app.command("eval")(_evaluate.evaluate)
+app.command("report")(_report.report)
 app.command("generate")(_generate.generate)
 app.command("bench")(_bench.bench)
 app.command("doctor")(_doctor.doctor)

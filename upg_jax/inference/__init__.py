@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from upg_jax.inference._answer import Generation, StreamedToken
+from upg_jax.inference._comparison import Comparison, WeightError, compare, weight_errors
+from upg_jax.inference._lm_eval import evaluate_tasks, lm_eval_adapter
 from upg_jax.inference._logprobs import TokenLogprobs
 from upg_jax.inference._model import UPGModel
 from upg_jax.inference._perplexity import Perplexity, perplexity
@@ -11,6 +13,7 @@ from upg_jax.inference._settings import GenerationSettings
 from upg_jax.inference._tokenizer import TextStream, Tokenizer
 
 __all__ = [
+    "Comparison",
     "Generation",
     "GenerationSettings",
     "Perplexity",
@@ -20,6 +23,11 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "UPGModel",
+    "WeightError",
+    "compare",
+    "evaluate_tasks",
+    "lm_eval_adapter",
     "perplexity",
     "sample",
+    "weight_errors",
 ]
