@@ -13,6 +13,7 @@ import metal_ops
 from helpers.layers import CASES
 
 PRODUCTS = ("sparse_matvec", "sparse_matvec_shared", "sparse_matvec_simd", "sparse_matvec_batch")
+KERNELS = tuple(sorted(path.stem for path in metal_ops._source.KERNELS.glob("*.metal")))
 MANIFOLDS = ("unit", "prime")
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -79,7 +79,7 @@ def test_a_source_without_kernels_is_refused(tmp_path):
         metal_ops.translate(metal_ops.load_source(path))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", metal.KERNELS)
 def test_the_check_finds_nothing_in_the_kernels(kernel):
     pytest.importorskip("clang.cindex", reason='needs libclang: pip install "upg-jax[metal-dev]"')
     for entries in (4, 8, 16):
