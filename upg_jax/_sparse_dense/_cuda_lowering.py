@@ -61,18 +61,7 @@ def sparse_dense(
     algorithm: Algorithm = "auto",
 ) -> jax.Array:  # fmt: skip
     """`x @ W.T` in float32; operands as in `_primitive`."""
-    rows, columns = layout.shape
-    work = _work("product", x, index, scales, planes, layout, columns)
-    shape = (*x.shape[:-1], rows)
-    if 0 in (math.prod(shape), columns, work.layers, work.capacity):
-        return jnp.zeros(shape, jnp.float32)
-    flat = x.reshape(work.groups, work.vectors, columns)
-    if algorithm == "dense" or (algorithm == "auto" and _dense_is_faster(work)):
-        levels = _levels(work, _exact_dtype(x, layout), index, planes)
-        y = _multiply(flat.astype(levels.dtype), levels, 2) * _scales_of(scales, index)
-    else:
-        y = _call(_product_plan(work), {"x": flat, "scales": scales, "index": index}, planes, (rows,))
-    return y.reshape(shape)
+    return _product("product", x, scales, index, planes, layout, algorithm)
 
 
 def dense_sparse(
@@ -80,19 +69,7 @@ def dense_sparse(
     algorithm: Algorithm = "auto",
 ) -> jax.Array:  # fmt: skip
     """`g @ W` in float32; operands as in `_primitive`."""
-    rows, columns = layout.shape
-    work = _work("transposed", g, index, scales, planes, layout, rows)
-    shape = (*g.shape[:-1], columns)
-    if 0 in (math.prod(shape), rows, work.layers, work.capacity):
-        return jnp.zeros(shape, jnp.float32)
-    flat = g.reshape(work.groups, work.vectors, rows)
-    few = work.vectors < _TRANSPOSED_DENSE_FROM or work.groups > work.layers
-    if algorithm == "dense" or (algorithm == "auto" and not few):
-        levels = _levels(work, jnp.dtype("float32"), index, planes)
-        y = _multiply(flat.astype(jnp.float32) * _scales_of(scales, index), levels, 1)
-    else:
-        y = _call(_common_plan(work), {"x": flat, "scales": scales, "index": index}, planes, (columns,))
-    return y.reshape(shape)
+    return _product("transposed", g, scales, index, planes, layout, algorithm)
 
 
 def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
@@ -100,9 +77,36 @@ def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
     rows, columns = layout.shape
     index = jnp.arange(scales.shape[0], dtype=jnp.int32)
     work = _work("decode", jnp.zeros((scales.shape[0], 0)), index, scales, planes, layout, 0)
-    if 0 in (rows, columns, work.layers, work.capacity):
+    if _is_nothing(work):
         return jnp.zeros((work.layers, rows, columns), jnp.float32)
     return _call(_common_plan(work), {"scales": scales}, planes, (rows, columns))
+
+
+def _product(
+    operation: Literal["product", "transposed"], x: jax.Array, scales: jax.Array, index: jax.Array,
+    planes: Sequence[jax.Array], layout: Layout, algorithm: Algorithm,
+) -> jax.Array:  # fmt: skip
+    transposed = operation == "transposed"
+    results, features = reversed(layout.shape) if transposed else layout.shape
+    work = _work(operation, x, index, scales, planes, layout, features)
+    shape = (*x.shape[:-1], results)
+    if _is_nothing(work):
+        return jnp.zeros(shape, jnp.float32)
+    flat = x.reshape(work.groups, work.vectors, features)
+    if algorithm == "sparse" or (algorithm == "auto" and not _dense_is_faster(work)):
+        plan = _common_plan(work) if transposed else _product_plan(work)
+        y = _call(plan, {"x": flat, "scales": scales, "index": index}, planes, (results,))
+    elif transposed:
+        levels = _levels(work, jnp.dtype("float32"), index, planes)
+        y = _multiply(flat.astype(jnp.float32) * _scales_of(scales, index), levels, 1)
+    else:
+        levels = _levels(work, _exact_dtype(x, layout), index, planes)
+        y = _multiply(flat.astype(levels.dtype), levels, 2) * _scales_of(scales, index)
+    return y.reshape(shape)
+
+
+def _is_nothing(work: metal_ops.Work) -> bool:
+    return 0 in (work.groups, work.vectors, work.rows, work.columns, work.layers, work.capacity)
 
 
 def _unfit(avals: Any, layout: Layout) -> str | None:
@@ -143,6 +147,8 @@ def _dense_is_faster(work: metal_ops.Work) -> bool:
     # Groups that share a layer would decode it again.
     if work.groups > work.layers:
         return False
+    if work.operation == "transposed":
+        return work.vectors >= _TRANSPOSED_DENSE_FROM
     narrow = work.manifold == "unit" and work.dtype != "float32"
     entries = work.capacity / (work.rows * work.columns)
     table = _DENSE_FROM["16-bit" if narrow else "32-bit"]
