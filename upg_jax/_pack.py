@@ -131,9 +131,14 @@ def _every_plane(host: MdCSR, index: Index) -> MdCSR:
 
 def _to_dense(layer: Any, where: str) -> MdCSR:
     stride = dense_row_entries(layer.in_features, layer.row_alignment)
+    tail = layer.capacity - layer.nnz
+    if layer.out_features * stride + tail > MAX_ENTRIES:
+        raise FormatError(
+            f"{where}: a layer holds fewer than 2**31 entries, and index 'dense' needs one for each of "
+            f"{layer.out_features:,} x {stride:,}; keep the layer in index {layer.index!r}"
+        )
     if (packed := _compiled_to_dense(layer, stride)) is not None:
         return packed
-    tail = layer.capacity - layer.nnz
 
     def spread(plane: np.ndarray) -> np.ndarray:
         if plane[layer.nnz :].any():

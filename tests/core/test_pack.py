@@ -232,6 +232,20 @@ def test_padding_beyond_the_alignment_comes_back_from_a_mask_and_is_refused_for_
         pack(layer, "dense")
 
 
+def test_more_weights_than_a_layer_holds_entries_are_refused_for_dense_rows(conversions):
+    """Before two billion bytes are made of an empty matrix, with row pointers that wrap around."""
+    shape = (1 << 16, 1 << 16)
+    empty = MdCSR(
+        values=np.zeros(0, np.int8),
+        delta_indices=np.zeros(0, np.uint8),
+        scales=np.zeros(shape[0], np.float32),
+        row_pointers=np.zeros(shape[0] + 1, np.uint32),
+        shape=shape,
+    )
+    with pytest.raises(FormatError, match=r"fewer than 2\*\*31 entries, .* 65,536 x 65,536"):
+        pack(empty, "dense")
+
+
 def test_what_a_layer_in_delta8_cannot_hold_is_refused_on_the_way_back(conversions):
     mask = pack(MdCSR.from_dense(np.ones((2, 300), np.float32)), "mask")
     far = np.zeros((2, 40), np.uint8)
