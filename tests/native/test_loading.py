@@ -30,7 +30,12 @@ def test_the_library_is_chosen_where_it_is_loaded(library):
 
 
 def test_its_handlers_are_the_ones_that_lowerings_name(library):
-    assert list(library.handlers) == [_native.SPARSE_DENSE, _native.DENSE_SPARSE, _native.DECODE]
+    assert list(library.handlers) == [
+        _native.SPARSE_DENSE,
+        _native.DENSE_SPARSE,
+        _native.DECODE,
+        _native.ATTEND,
+    ]
 
 
 def test_an_install_without_it_says_so(load, monkeypatch, tmp_path):
@@ -42,6 +47,12 @@ def test_a_file_that_is_no_library_says_so(load, monkeypatch, tmp_path):
     (tmp_path / "libupg_native.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native, "__path__", [str(tmp_path)])
     assert "do not load" in load()
+
+
+def test_a_library_built_from_older_sources_says_so(load, monkeypatch):
+    """As an editable install has it whose C++ has changed since."""
+    monkeypatch.setitem(_native.SIGNATURES, "upg_of_tomorrow", (None, []))
+    assert "not of this version; reinstall upg_jax" in load()
 
 
 def test_an_old_jaxlib_is_not_given_the_handlers(load, monkeypatch):

@@ -27,8 +27,7 @@ DECODE = "upg_jax.decode.v2"
 ATTEND = "upg_jax.attend.v1"
 
 KERNELS_VARIABLE = "UPG_JAX_NATIVE_KERNELS"
-# Older ones have no `ffi::Future`, and register handlers that were built for newer ones without a word; the first
-# use of JAX then fails.
+# Older ones register handlers that were built for newer ones without a word; the first use of JAX then fails.
 _OLDEST_JAXLIB = (0, 10)
 
 
@@ -165,6 +164,8 @@ def _load() -> Library | str:
         library = Library(path)
     except OSError as error:
         return f"the compiled kernels do not load: {error}"
+    except AttributeError as error:  # a function that they lack
+        return f"the compiled kernels are not of this version; reinstall upg_jax: {error}"
     built, running = library.ffi_api, running_ffi_api()
     if running is None or built[0] != running[0] or built[1] > running[1]:
         jaxlib = importlib.metadata.version("jaxlib")

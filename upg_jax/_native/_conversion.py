@@ -1,4 +1,7 @@
-"""Calls of the compiled conversions between the forms of an index; `src/conversion.h` says what each one does."""
+"""Calls of the compiled conversions between the forms of an index, and of the full check of one.
+
+`src/conversion.h` and `src/verification.h` say what each one does.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ class _Planes(ctypes.Structure):
 
 
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "upg_first_bad_row": (_SIZE, [_POINTER]),
     "upg_first_bad_mask_row": (_SIZE, [_POINTER]),
     "upg_mask_from_deltas": (_SIZE, [_POINTER, _POINTER]),
     "upg_deltas_from_mask": (_SIZE, [_POINTER, _POINTER]),
@@ -69,6 +73,10 @@ class Conversions:
 
     def _row(self, row: int) -> int | None:
         return None if row == self._rows else row
+
+    def first_bad_row(self) -> int | None:
+        """The first row of a layer with deltas that breaks rule 5, 6 or 7 of docs/format.md."""
+        return self._row(self._c.upg_first_bad_row(ctypes.byref(self._planes)))
 
     def first_bad_mask_row(self) -> int | None:
         """The first row with a bit outside the matrix or more bits than entries."""

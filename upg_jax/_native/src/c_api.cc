@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "ffi_handlers.h"
 #include "plan.h"
+#include "verification.h"
 
 namespace {
 
@@ -56,6 +57,7 @@ size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers
   return upg::kernels().first_row_outside({nullptr, deltas, nullptr, nullptr, row_pointers, rows, columns, capacity});
 }
 
+size_t upg_first_bad_row(const UpgPlanes* p) { return upg::first_bad_row(layer_of(p)); }
 size_t upg_first_bad_mask_row(const UpgPlanes* p) { return upg::first_bad_mask_row(layer_of(p)); }
 size_t upg_mask_from_deltas(const UpgPlanes* p, uint8_t* mask) { return upg::mask_from_deltas(layer_of(p), mask); }
 size_t upg_deltas_from_mask(const UpgPlanes* p, uint8_t* deltas) { return upg::deltas_from_mask(layer_of(p), deltas); }

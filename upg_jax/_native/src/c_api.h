@@ -27,7 +27,7 @@ UPG_API size_t upg_scratch_floats(int transposed, size_t groups, size_t vectors,
 UPG_API size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers, size_t rows, size_t columns,
                                      size_t capacity);
 
-// Conversions between the forms of an index; src/conversion.h says what each one does. `index` is the number of the form
+// The full check, and conversions between the forms of an index; verification.h and conversion.h say what each one does. `index` is the number of the form
 // that comes in; its planes and results that a call does not use may be null.
 struct UpgPlanes {
   const int8_t* values;
@@ -39,6 +39,7 @@ struct UpgPlanes {
   size_t capacity;
   int32_t index;
 };
+UPG_API size_t upg_first_bad_row(const UpgPlanes*);
 UPG_API size_t upg_first_bad_mask_row(const UpgPlanes*);
 UPG_API size_t upg_mask_from_deltas(const UpgPlanes*, uint8_t* mask);
 UPG_API size_t upg_deltas_from_mask(const UpgPlanes*, uint8_t* deltas);
