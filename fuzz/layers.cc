@@ -1,7 +1,7 @@
-// A fuzz target for everything that reads a layer's planes: the decoder, both products and the check of columns, with
-// every set of kernels that this processor runs. An input becomes planes of exactly their length on the heap, so that
+// A fuzz target for everything that reads a layer's planes: the decoder, both products and the checks, with every set of
+// kernels that this processor runs. An input becomes planes of exactly their length on the heap, so that
 // AddressSanitizer sees any access outside; row pointers may be as bad as they can be. With valid row pointers all sets
-// must decode to the same bits, products must agree with the decoded matrix, and the check with where entries lie.
+// must decode to the same bits, products must agree with the decoded matrix, and the checks with a plain reading of the rules.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,13 +12,12 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "execution.h"
-#include "plan.h"
+#include "planes.h"
+#include "verification.h"
 
 namespace {
 
 using upg::Index;
-using upg::Layer;
 
 // Bytes of the input, then zeros.
 class Input {
@@ -40,27 +39,19 @@ class Input {
   size_t size_;
 };
 
-struct Planes {
-  std::vector<std::int8_t> values;
-  std::vector<std::uint8_t> deltas;  // or a mask, or nothing
-  std::vector<std::uint16_t> primes;
-  std::vector<float> scales;
-  std::vector<std::uint32_t> row_pointers;
-  size_t columns;
-  bool prime, valid_pointers;
-  Index index;
+struct Case : upg::Planes {
+  bool valid_pointers;
 
-  explicit Planes(Input& in) {
+  explicit Case(Input& in) {
     const unsigned flags = in.byte();
     prime = flags & 1;
     valid_pointers = flags & 2;
     index = static_cast<Index>((flags >> 2) % 3);
-    const size_t rows = 1 + in.byte() % 16;
+    scales.assign(1 + in.byte() % 16, 0.5f);
     columns = 1 + in.two() % 1200;
-    scales.assign(rows, 0.5f);
-    for (size_t row = 0; row <= rows; ++row) row_pointers.push_back(in.two());
+    for (size_t row = 0; row <= rows(); ++row) row_pointers.push_back(in.two());
     if (index == Index::kMask) {
-      deltas.resize(rows * ((columns + 63) / 64) * 8);
+      deltas.resize(rows() * row_bytes());
       for (std::uint8_t& byte : deltas) byte = in.byte();
     }
     const size_t capacity = in.left() / ((index == Index::kDelta8 ? 2 : 1) + (prime ? 2 : 0));
@@ -74,13 +65,7 @@ struct Planes {
       pointer = valid_pointers ? static_cast<std::uint32_t>(pointer % (capacity + 1)) : pointer * 60000u;
     }
     if (valid_pointers) std::sort(row_pointers.begin(), row_pointers.end());
-  }
-
-  size_t rows() const { return scales.size(); }
-
-  Layer layer() const {
-    return {values.data(), deltas.data(), prime ? primes.data() : nullptr, scales.data(), row_pointers.data(),
-            rows(),        columns,       values.size(),                   index};
+    fit();
   }
 };
 
@@ -90,40 +75,17 @@ void expect(bool condition, const char* what) {
   std::abort();
 }
 
-void run(std::unique_ptr<upg::Plan> plan) { upg::Execution(std::move(plan), 1).work(); }
-
-std::vector<float> decode(const Planes& p) {
-  std::vector<float> out(p.rows() * p.columns, NAN);
-  run(upg::decode_plan({p.layer(), 1, nullptr, 1}, out.data()));
-  return out;
-}
-
-struct Products {
-  std::vector<float> forward, transposed;
-};
-
-Products multiply(const Planes& p, const std::vector<float>& x, const std::vector<float>& g, size_t vectors) {
-  const std::int32_t index = 0;
-  const upg::Stack stack{p.layer(), 1, &index, 1};
-  Products out{std::vector<float>(vectors * p.rows(), NAN), std::vector<float>(vectors * p.columns, NAN)};
-  std::vector<float> scratch(upg::product_scratch(stack, vectors), NAN);
-  run(upg::product_plan(stack, {x.data(), upg::Element::kFloat32, vectors}, out.forward.data(), scratch.data()));
-  scratch.assign(upg::transposed_scratch(stack, vectors), NAN);
-  run(upg::transposed_plan(stack, {g.data(), upg::Element::kFloat32, vectors}, out.transposed.data(), scratch.data()));
-  return out;
-}
-
 // The bound of docs/design.md, widened for the decoded matrix's own rounding.
 void expect_close(float got, double sum, double magnitude, size_t terms, const char* what) {
   const double bound = (4.0 * static_cast<double>(terms) + 16) * std::ldexp(1.0, -24) * magnitude;
   expect(std::abs(static_cast<double>(got) - sum) <= bound, what);
 }
 
-void check_products(const Planes& p, const std::vector<float>& dense, const Products& out,
+void check_products(const Case& p, const std::vector<float>& dense, const upg::Products& out,
                     const std::vector<float>& x, const std::vector<float>& g, size_t vectors) {
-  Planes positive = p;
+  Case positive = p;
   for (std::int8_t& q : positive.values) q = static_cast<std::int8_t>(q == -128 ? 127 : std::abs(q));
-  const std::vector<float> magnitudes = decode(positive);
+  const std::vector<float> magnitudes = upg::decode(positive, 1);
   const auto at = [&](const std::vector<float>& w, size_t row, size_t c) {
     return static_cast<double>(w[row * p.columns + c]);
   };
@@ -149,38 +111,30 @@ void check_products(const Planes& p, const std::vector<float>& dense, const Prod
   }
 }
 
-void check_columns(const Planes& p) {
-  size_t expected = p.rows();
-  for (size_t row = p.rows(); row-- > 0;) {
-    size_t last = 0;
-    for (size_t i = p.row_pointers[row]; i < p.row_pointers[row + 1]; ++i) last += p.deltas[i];
-    if (p.row_pointers[row] < p.row_pointers[row + 1] && last >= p.columns) expected = row;
-  }
-  expect(upg::kernels().first_row_outside(p.layer()) == expected, "first row outside");
-}
-
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, size_t size) {
   Input in(data, size);
   const size_t vectors = 1 + in.byte() % 70;
-  const Planes p(in);
+  const Case p(in);
   std::vector<float> x(vectors * p.columns), g(vectors * p.rows());
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(static_cast<int>(i * 7919 % 255) - 127);
   for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(static_cast<int>(i * 104729 % 255) - 127);
   std::vector<float> first;
   for (const upg::Kernels* kernels : upg::usable_kernels()) {
     upg::choose_kernels(kernels->name);
-    const std::vector<float> dense = decode(p);
-    const Products out = multiply(p, x, g, vectors);
+    const std::vector<float> dense = upg::decode(p, 1);
+    const upg::Products out = upg::multiply(p, x.data(), g.data(), upg::Element::kFloat32, vectors, 1);
     if (first.empty()) first = dense;
     expect(std::memcmp(first.data(), dense.data(), dense.size() * sizeof(float)) == 0, "decode");
-    if (p.valid_pointers) {
-      check_products(p, dense, out, x, g, vectors);
-    }
-    // Other indexes have no deltas to check.
-    if (p.index == Index::kDelta8 && p.valid_pointers) check_columns(p);
-    if (p.index == Index::kDelta8 && !p.valid_pointers) upg::kernels().first_row_outside(p.layer());
+    if (p.valid_pointers) check_products(p, dense, out, x, g, vectors);
+    if (p.index != Index::kDelta8) continue;  // no deltas to check
+    const size_t outside = upg::kernels().first_row_outside(p.layer());
+    expect(!p.valid_pointers || outside == first_row_outside(p), "first row outside");
+  }
+  if (p.index == Index::kDelta8) {
+    const size_t bad = upg::first_bad_row(p.layer());
+    expect(!p.valid_pointers || bad == first_row_against_the_rules(p), "first row against the rules");
   }
   return 0;
 }

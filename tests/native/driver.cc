@@ -1,5 +1,7 @@
 // Runs every usable set of kernels against a plain loop over the entries, with and without threads, on valid planes and
 // on garbage. Made for sanitizers and for emulators; prints what it ran and exits with 1 on the first mistake.
+//
+//   upg_driver [I/N]: every N-th case from the I-th on, where all take too long at once (I from 0)
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -7,22 +9,24 @@
 #include <cstring>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "conversion.h"
 #include "dispatch.h"
-#include "execution.h"
+#include "execution_checks.h"
 #include "half.h"
-#include "plan.h"
+#include "planes.h"
+#include "verification.h"
 
 namespace {
 
 using upg::Element;
 using upg::Index;
 using upg::Layer;
+using upg::Planes;
+using upg::Products;
 
-std::mt19937 rng(20240229);
+std::mt19937 rng;
 
 size_t below(size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(rng); }
 float uniform() { return std::uniform_real_distribution<float>(-1, 1)(rng); }
@@ -36,24 +40,6 @@ std::vector<std::uint32_t> first_primes() {
   }
   return found;
 }
-
-// Planes on the heap at their exact length, so that AddressSanitizer sees a read past their end.
-struct Planes {
-  std::vector<std::int8_t> values;
-  std::vector<std::uint8_t> deltas;  // or a mask, or nothing
-  std::vector<std::uint16_t> primes;
-  std::vector<float> scales;
-  std::vector<std::uint32_t> row_pointers;
-  size_t columns = 0;
-  bool prime = false;
-  Index index = Index::kDelta8;
-
-  Layer layer() const {
-    return {values.data(), deltas.data(), prime ? primes.data() : nullptr, scales.data(), row_pointers.data(),
-            scales.size(), columns,       values.size(),                   index};
-  }
-  size_t row_bytes() const { return (columns + 63) / 64 * 8; }
-};
 
 // The columns of a row's entries, in order; entries past their end have none, as have those of columns outside.
 std::vector<size_t> columns_of(const Planes& p, size_t row) {
@@ -91,13 +77,15 @@ Planes random_planes(size_t rows, size_t columns, double density, size_t alignme
     for (size_t c = 0; c < columns; ++c) {
       if (std::uniform_real_distribution<double>(0, 1)(rng) >= kept) continue;
       for (; c - previous > 255; previous += 255) add_entry(p, 255, 0);
-      add_entry(p, c - previous, static_cast<int>(below(255)) - 127);
+      const int value = static_cast<int>(below(254)) - 127;
+      add_entry(p, c - previous, value < 0 ? value : value + 1);
       previous = c;
     }
     while (p.values.size() % alignment) add_entry(p, 0, 0);
     p.row_pointers.push_back(static_cast<std::uint32_t>(p.values.size()));
     p.scales.push_back(0.01f + std::abs(uniform()));
   }
+  p.fit();
   return p;
 }
 
@@ -139,6 +127,7 @@ Planes as_dense(const Planes& p, size_t alignment) {
     }
     d.row_pointers.push_back(static_cast<std::uint32_t>((row + 1) * stride));
   }
+  d.fit();
   return d;
 }
 
@@ -163,6 +152,7 @@ Planes garbage(size_t rows, size_t columns, size_t capacity, bool sorted, bool p
   }
   if (sorted) std::sort(p.row_pointers.begin(), p.row_pointers.end());
   p.scales.assign(rows, 0.5f);
+  p.fit();
   return p;
 }
 
@@ -189,14 +179,6 @@ Dense plain_decode(const Planes& p) {
     for (size_t c = 0; c < p.columns; ++c) d.rounded[row * p.columns + c] *= p.scales[row];
   }
   return d;
-}
-
-void run(std::unique_ptr<upg::Plan> plan, size_t threads) {
-  const auto execution = std::make_shared<upg::Execution>(std::move(plan), threads);
-  std::vector<std::thread> others;
-  for (size_t i = 1; i < threads; ++i) others.emplace_back([execution] { execution->work(); });
-  execution->work();
-  for (std::thread& other : others) other.join();
 }
 
 [[noreturn]] void fail(const std::string& what) {
@@ -233,25 +215,14 @@ const void* data(const Bits& b) {
   return b.halves.empty() ? static_cast<const void*>(b.floats.data()) : static_cast<const void*>(b.halves.data());
 }
 
-struct Products {
-  std::vector<float> forward, transposed;
-};
-
-Products multiply(const Planes& p, const Bits& x, const Bits& g, Element element, size_t vectors, size_t threads) {
-  const std::int32_t index = 0;
-  const upg::Stack stack{p.layer(), 1, &index, 1};
-  Products out{std::vector<float>(vectors * p.scales.size(), NAN), std::vector<float>(vectors * p.columns, NAN)};
-  std::vector<float> scratch(upg::product_scratch(stack, vectors), NAN);
-  run(upg::product_plan(stack, {data(x), element, vectors}, out.forward.data(), scratch.data()), threads);
-  scratch.assign(upg::transposed_scratch(stack, vectors), NAN);
-  run(upg::transposed_plan(stack, {data(g), element, vectors}, out.transposed.data(), scratch.data()), threads);
-  return out;
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 void check_products(const Planes& p, const Dense& dense, size_t vectors, Element element, const std::string& what) {
   const size_t rows = p.scales.size();
   const Bits x = random_vectors(vectors * p.columns, element), g = random_vectors(vectors * rows, element);
-  const Products out = multiply(p, x, g, element, vectors, 1);
+  const Products out = upg::multiply(p, data(x), data(g), element, vectors, 1);
   const double unit = std::ldexp(1.0, -24);
   // Half the smallest subnormal, lost before a multiplication by the largest level: half-precision vectors may be tiny.
   const double underflow = std::ldexp(1.0, -150) * 128 * 104729;
@@ -279,27 +250,76 @@ void check_products(const Planes& p, const Dense& dense, size_t vectors, Element
       expect(error <= (2 * terms + 1) * (unit * magnitude + underflow), what + ": transposed product, column " + std::to_string(c));
     }
   }
-  const Products threaded = multiply(p, x, g, element, vectors, 3);
-  expect(std::memcmp(out.forward.data(), threaded.forward.data(), out.forward.size() * 4) == 0, what + ": threads");
-  expect(std::memcmp(out.transposed.data(), threaded.transposed.data(), out.transposed.size() * 4) == 0,
-         what + ": threads, transposed");
+  const Products threaded = upg::multiply(p, data(x), data(g), element, vectors, 3);
+  expect(same_bits(out.forward, threaded.forward), what + ": threads");
+  expect(same_bits(out.transposed, threaded.transposed), what + ": threads, transposed");
 }
 
 void check_decode(const Planes& p, const Dense& dense, const std::string& what) {
-  std::vector<float> out(dense.rounded.size(), NAN);
-  const upg::Stack stack{p.layer(), 1, nullptr, 1};
-  run(upg::decode_plan(stack, out.data()), 2);
-  expect(std::memcmp(out.data(), dense.rounded.data(), out.size() * sizeof(float)) == 0, what + ": decode");
+  expect(same_bits(upg::decode(p, 2), dense.rounded), what + ": decode");
 }
 
 void check_outside(const Planes& p, const std::string& what) {
-  size_t expected = p.scales.size();
-  for (size_t row = p.scales.size(); row-- > 0;) {
-    size_t last = 0;
-    for (size_t i = p.row_pointers[row]; i < p.row_pointers[row + 1]; ++i) last += p.deltas[i];
-    if (p.row_pointers[row] < p.row_pointers[row + 1] && last >= p.columns) expected = row;
+  expect(upg::kernels().first_row_outside(p.layer()) == first_row_outside(p), what + ": first row outside");
+}
+
+void check_rules(const Planes& p, const std::string& what) {
+  expect(upg::first_bad_row(p.layer()) == first_row_against_the_rules(p), what + ": first row against the rules");
+}
+
+// Valid planes, one entry of which is anything.
+void check_rules_of_mutants(Planes p, const std::string& what) {
+  check_rules(p, what);
+  if (p.values.empty()) return;
+  constexpr int telling[] = {0, 1, 254, 255};
+  for (int i = 0; i < 20; ++i) {
+    const size_t at = below(p.values.size());
+    Planes mutant = p;
+    if (below(2)) mutant.values[at] = static_cast<std::int8_t>(below(3) - 1);
+    if (below(2)) mutant.deltas[at] = static_cast<std::uint8_t>(telling[below(4)]);
+    if (below(4) == 0) mutant.primes[at] = static_cast<std::uint16_t>(9999 + below(2));
+    check_rules(mutant, what);
   }
-  expect(upg::kernels().first_row_outside(p.layer()) == expected, what + ": first row outside");
+}
+
+// Layers of a stack give the bits that they give alone, whatever follows a layer's entries; an index outside the stack
+// is brought to its ends.
+void check_stack(size_t rows, size_t columns, bool prime, size_t vectors, const std::string& what) {
+  std::vector<Planes> layers;
+  for (const double density : {0.1, 0.7, 0.3}) layers.push_back(random_planes(rows, columns, density, 1, prime));
+  size_t capacity = 0;
+  for (const Planes& p : layers) capacity = std::max(capacity, p.values.size());
+  Planes all;
+  for (Planes& p : layers) {
+    while (p.values.size() < capacity + 3) add_entry(p, below(256), 1);
+    all.values.insert(all.values.end(), p.values.begin(), p.values.end());
+    all.deltas.insert(all.deltas.end(), p.deltas.begin(), p.deltas.end());
+    all.primes.insert(all.primes.end(), p.primes.begin(), p.primes.end());
+    all.scales.insert(all.scales.end(), p.scales.begin(), p.scales.end());
+    all.row_pointers.insert(all.row_pointers.end(), p.row_pointers.begin(), p.row_pointers.end());
+  }
+  all.fit();
+  upg::Stack stack{all.layer(), layers.size(), nullptr, 4};
+  stack.first.primes = prime ? all.primes.data() : nullptr;
+  stack.first.rows = rows;
+  stack.first.columns = columns;
+  stack.first.capacity = capacity + 3;
+  const std::int32_t index[] = {2, -2147483647 - 1, 1, 2147483647};
+  stack.index = index;
+  const Bits x = random_vectors(4 * vectors * columns, Element::kFloat32);
+  const Bits g = random_vectors(4 * vectors * rows, Element::kFloat32);
+  const Products together = upg::multiply(stack, data(x), data(g), Element::kFloat32, vectors, 3);
+  Products alone;
+  for (size_t group = 0; group < 4; ++group) {
+    const Products one =
+        upg::multiply(layers[std::min<size_t>(2, static_cast<size_t>(std::max(index[group], 0)))],
+                      x.floats.data() + group * vectors * columns, g.floats.data() + group * vectors * rows,
+                      Element::kFloat32, vectors, 1);
+    alone.forward.insert(alone.forward.end(), one.forward.begin(), one.forward.end());
+    alone.transposed.insert(alone.transposed.end(), one.transposed.begin(), one.transposed.end());
+  }
+  expect(same_bits(together.forward, alone.forward), what + ": stack");
+  expect(same_bits(together.transposed, alone.transposed), what + ": stack, transposed");
 }
 
 // Packs and unpacks; `valid` planes come back as they were.
@@ -355,64 +375,105 @@ void check_halves() {
   }
 }
 
+// Numbers cases, and makes each one's planes depend on its number alone.
+class Cases {
+ public:
+  explicit Cases(const char* piece) {
+    if (piece && (std::sscanf(piece, "%zu/%zu", &index_, &of_) != 2 || index_ >= of_)) fail("I/N needs I < N");
+  }
+  // Whether the next case is to run.
+  bool next() {
+    rng.seed(static_cast<unsigned>(20240229 + number_));
+    const bool mine = number_++ % of_ == index_;
+    ran_ += mine;
+    return mine;
+  }
+  size_t number() const { return number_; }
+  size_t ran() const { return ran_; }
+
+ private:
+  size_t index_ = 0, of_ = 1, number_ = 0, ran_ = 0;
+};
+
+void check_valid(size_t rows, size_t columns, double density, size_t alignment, bool prime, size_t number,
+                 const std::string& name) {
+  constexpr size_t counts[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 130};
+  const Planes deltas = random_planes(rows, columns, density, alignment, prime);
+  const std::string shape = std::to_string(rows) + "x" + std::to_string(columns) + " at " + std::to_string(density);
+  check_outside(deltas, name + shape);
+  expect(upg::first_bad_row(deltas.layer()) == deltas.rows(), name + shape + ": a valid layer breaks no rule");
+  check_rules_of_mutants(deltas, name + shape);
+  check_conversions(deltas, alignment, true, name + shape);
+  const Dense dense = plain_decode(deltas);
+  for (const Planes& p : {deltas, as_mask(deltas), as_dense(deltas, alignment)}) {
+    // Every index meets every number of vectors, in every type.
+    const size_t count = counts[number % std::size(counts)];
+    const Element element = static_cast<Element>((number / std::size(counts) + static_cast<size_t>(p.index)) % 3);
+    const std::string what = name + "index " + std::to_string(static_cast<int>(p.index)) + ", " + shape;
+    check_decode(p, dense, what);
+    check_products(p, dense, count, element, what + ", " + std::to_string(count) + " vectors");
+  }
+}
+
+void check_garbage(bool prime, Index index, const std::string& name) {
+  const Planes valid = garbage(1 + below(9), 1 + below(900), below(300), true, prime, index);
+  const Dense dense = plain_decode(valid);
+  check_decode(valid, dense, name);
+  if (index == Index::kDelta8) check_outside(valid, name);
+  if (index == Index::kDelta8) check_rules(valid, name);
+  if (index == Index::kDelta8) check_conversions(valid, 1, false, name);
+  if (index == Index::kMask) {
+    std::vector<std::uint8_t> deltas(valid.values.size());
+    upg::deltas_from_mask(valid.layer(), deltas.data());
+  }
+  check_products(valid, dense, 1 + below(20), Element::kFloat32, name);
+  const Planes broken = garbage(1 + below(9), 1 + below(900), below(300), false, prime, index);
+  const size_t vectors = 1 + below(20);
+  const Bits x = random_vectors(vectors * broken.columns, Element::kFloat32);
+  const Bits g = random_vectors(vectors * broken.rows(), Element::kFloat32);
+  upg::multiply(broken, data(x), data(g), Element::kFloat32, vectors, 2);
+  if (index == Index::kDelta8) upg::kernels().first_row_outside(broken.layer());
+  if (index == Index::kDelta8) upg::first_bad_row(broken.layer());
+  upg::decode(broken, 2);
+}
+
 }  // namespace
 
-int main() {
-  const size_t shapes[][2] = {{1, 1}, {1, 3}, {3, 1}, {33, 67}, {67, 33}, {20, 700}, {130, 300}};
-  const size_t counts[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 130};
-  size_t checks = 0;
+int main(int argc, char** argv) {
+  const size_t shapes[][2] = {{0, 5}, {5, 0}, {1, 1}, {1, 3}, {3, 1}, {33, 67}, {67, 33}, {20, 700}, {130, 300}};
+  Cases cases(argc > 1 ? argv[1] : nullptr);
+  if (cases.next()) upg::check_execution(expect);
   for (const upg::Kernels* kernels : upg::usable_kernels()) {
     upg::choose_kernels(kernels->name);
-    check_halves();
+    if (cases.next()) check_halves();
     for (const bool prime : {false, true}) {
-      const std::string name = std::string(kernels->name) + (prime ? " prime" : " unit");
+      const std::string name = std::string(kernels->name) + (prime ? " prime " : " unit ");
+      size_t number = 0;
       for (const auto& shape : shapes) {
         for (const double density : {0.02, 0.25, 0.6, 1.0}) {
           for (const size_t alignment : {size_t{1}, size_t{8}}) {
-            const Planes deltas = random_planes(shape[0], shape[1], density, alignment, prime);
-            check_outside(deltas, name);
-            check_conversions(deltas, alignment, true, name);
-            const Dense dense = plain_decode(deltas);
-            for (const Planes& p : {deltas, as_mask(deltas), as_dense(deltas, alignment)}) {
-              const std::string what = name + " index " + std::to_string(static_cast<int>(p.index)) + ", " +
-                                       std::to_string(shape[0]) + "x" + std::to_string(shape[1]) + " at " +
-                                       std::to_string(density);
-              check_decode(p, dense, what);
-              const size_t count = counts[checks++ % std::size(counts)];
-              const Element element = static_cast<Element>(checks % 3);
-              check_products(p, dense, count, element, what + ", " + std::to_string(count) + " vectors");
-            }
+            ++number;
+            if (cases.next()) check_valid(shape[0], shape[1], density, alignment, prime, number, name);
           }
         }
       }
-      // A row longer than a workspace.
-      const Planes wide = random_planes(6, 70001, 0.9, 1, prime);
-      for (const Planes& p : {wide, as_mask(wide), as_dense(wide, 1)}) {
-        check_products(p, plain_decode(p), 17, Element::kFloat32, name + " wide");
+      for (const size_t vectors : {1, 3, 4, 17, 70}) {
+        if (cases.next()) check_stack(33, 400, prime, vectors, name + std::to_string(vectors) + " vectors");
       }
-      for (int i = 0; i < 300; ++i) {
-        const Index index = static_cast<Index>(i % 3);
-        const Planes valid = garbage(1 + below(9), 1 + below(900), below(300), true, prime, index);
-        const Dense dense = plain_decode(valid);
-        check_decode(valid, dense, name + " garbage");
-        if (index == Index::kDelta8) check_outside(valid, name + " garbage");
-        if (index == Index::kDelta8) check_conversions(valid, 1, false, name + " garbage");
-        if (index == Index::kMask) {
-          std::vector<std::uint8_t> deltas(valid.values.size());
-          upg::deltas_from_mask(valid.layer(), deltas.data());
-        }
-        check_products(valid, dense, 1 + below(20), Element::kFloat32, name + " garbage");
-        const Planes broken = garbage(1 + below(9), 1 + below(900), below(300), false, prime, index);
-        const size_t vectors = 1 + below(20);
-        const Bits x = random_vectors(vectors * broken.columns, Element::kFloat32);
-        const Bits g = random_vectors(vectors * broken.scales.size(), Element::kFloat32);
-        multiply(broken, x, g, Element::kFloat32, vectors, 2);
-        if (index == Index::kDelta8) upg::kernels().first_row_outside(broken.layer());
-        std::vector<float> out(broken.scales.size() * broken.columns);
-        run(upg::decode_plan({broken.layer(), 1, nullptr, 1}, out.data()), 2);
+      // A row longer than a workspace.
+      for (int i = 0; i < 3; ++i) {
+        if (!cases.next()) continue;
+        const Planes wide = random_planes(6, 70001, 0.9, 1, prime);
+        const Planes p = i == 0 ? wide : i == 1 ? as_mask(wide) : as_dense(wide, 1);
+        check_products(p, plain_decode(p), 17, Element::kFloat32, name + "wide");
+      }
+      for (int i = 0; i < 60; ++i) {
+        if (!cases.next()) continue;
+        for (int j = 0; j < 5; ++j) check_garbage(prime, static_cast<Index>(i % 3), name + "garbage");
       }
     }
-    std::printf("%s: ok\n", kernels->name);
+    std::printf("%s: ok, %zu of %zu cases so far\n", kernels->name, cases.ran(), cases.number());
+    std::fflush(stdout);
   }
   return 0;
 }

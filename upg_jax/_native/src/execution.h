@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -24,8 +25,9 @@ class Execution {
     for (Phase& phase : phases_) phase.shares = std::vector<Share>(threads);
   }
 
-  // Returns when all items are done, whoever did them.
-  void work() {
+  // Returns when all items are done, whoever did them. An exception would leave the other threads waiting for an item that
+  // nobody finishes; the only one there can be, want of memory, ends the process.
+  void work() noexcept {
     const size_t me = joined_.fetch_add(1, std::memory_order_relaxed);
     for (size_t p = 0; p < phases_.size(); ++p) {
       const size_t items = plan_->items()[p];
@@ -52,10 +54,15 @@ class Execution {
     std::vector<Share> shares;
   };
 
-  // Items take microseconds, so another thread is soon done, unless it lost its processor.
+  // Items take microseconds, so another thread is soon done, unless it lost its processor: then yielding gives it this one,
+  // and where the system has other plans, as with real-time priorities, sleeping does.
   static void wait(const std::atomic<size_t>& finished, size_t items) {
     for (size_t turn = 0; finished.load(std::memory_order_acquire) < items; ++turn) {
-      if (turn > 256) std::this_thread::yield();
+      if (turn > 20000) {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      } else if (turn > 256) {
+        std::this_thread::yield();
+      }
     }
   }
 

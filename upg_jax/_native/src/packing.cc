@@ -12,6 +12,7 @@ size_t size_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 }  // namespace
 
 void pack(const Vectors& x, size_t group, size_t features, Range range, float* packed, size_t single) {
+  if (range.begin == range.end) return;  // of no features, x may be null
   const size_t size = size_of(x.element);
   const auto element = [&](size_t vector, size_t feature) {
     return static_cast<const char*>(x.data) + ((group * x.count + vector) * features + feature) * size;
