@@ -42,6 +42,43 @@ print(digest.hexdigest())
 """
 
 
+# Six threads of Python call at once, on four devices that share one pool, and every call wants all of its threads.
+CROWD = """
+import threading
+import jax, numpy as np
+from upg_jax import MdCSR, pack, sparse_dense, use_backend
+rng = np.random.default_rng(0)
+unit = MdCSR.from_dense(rng.standard_normal((700, 600)).astype(np.float32), density=0.3)
+layers = [unit, pack(unit, "mask")]
+x = rng.standard_normal((9, 600)).astype(np.float32)
+
+@jax.jit
+def products(x, layers):
+    return [jax.vjp(lambda x: sparse_dense(x, layer), x)[1](sparse_dense(x, layer)) for layer in layers]
+
+def bits(results):
+    return b"".join(np.asarray(y).tobytes() for y in jax.tree.leaves(results))
+
+failed = []
+
+def calls(device):
+    with use_backend("native"):
+        mine = jax.device_put((x, layers), device)
+        for _ in range(20):
+            if bits(products(*mine)) != expected:
+                failed.append(device)
+
+with use_backend("native"):
+    expected = bits(products(x, layers))
+devices = jax.devices()
+assert len(devices) == 4
+threads = [threading.Thread(target=calls, args=(devices[i % 4],)) for i in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print("different" if failed else "same")
+"""
+
+
 def digest(pool: str, cores: str = "all") -> str:
     # NPROC is the size of XLA's CPU thread pool.
     environment = {**os.environ, "NPROC": pool, "XLA_FLAGS": ""}
@@ -58,6 +95,14 @@ def digest(pool: str, cores: str = "all") -> str:
 
 def test_bits_do_not_depend_on_the_number_of_threads(library):
     assert digest("1") == digest("2") == digest("7")
+
+
+@pytest.mark.parametrize("pool", ["1", "2", "7"])
+def test_calls_from_many_threads_on_many_devices_neither_stall_nor_mix(pool, library):
+    environment = {**os.environ, "NPROC": pool, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", CROWD]
+    done = subprocess.run(command, env=environment, timeout=120, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "same"
 
 
 @pytest.mark.skipif(
