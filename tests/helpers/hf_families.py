@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.hf_llama import Weights
+from upg_jax import MdCSR
 from upg_jax.inference import UPGModel
+from upg_jax.io import open_checkpoint
+from upg_jax.models import load, weights
 
 VOCABULARY = 101
 WINDOW = 20
@@ -120,6 +124,31 @@ def reference_logits(name: str, ids: np.ndarray) -> np.ndarray:
 def dense_model(name: str, dtype: str = "float32") -> UPGModel:
     """Our model, from the files that `transformers` wrote."""
     return UPGModel.from_file(make(name)[1], dtype=dtype)
+
+
+@functools.cache
+def tensors(name: str) -> dict[str, np.ndarray]:
+    """The tensors that `transformers` wrote."""
+    checkpoint = open_checkpoint(make(name)[1])
+    return {key: checkpoint.read(key) for key in checkpoint.names()}
+
+
+@functools.cache
+def compressed_weights(name: str) -> dict[str, Any]:
+    """The same with all projections of the blocks compressed."""
+    config = dense_model(name).config
+    found: dict[str, Any] = dict(tensors(name))
+    for weight in weights(config):
+        if weight.linear and weight.per_layer:
+            for key in weight.names(config.num_layers):
+                found[key] = MdCSR.from_dense(found[key], density=0.6)
+    return found
+
+
+def model_of(name: str, found: dict[str, Any]) -> UPGModel:
+    """Our model with these tensors."""
+    config = dense_model(name).config
+    return UPGModel(params=load(config, Weights(found), np.dtype("float32")), config=config)
 
 
 @functools.cache

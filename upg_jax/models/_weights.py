@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import STATIC_FIELDS, MdCSR, stack
@@ -96,13 +96,13 @@ def load_params(
     _check_names(weights, layers, source, ignored)
     tied = all(weight.slot != "lm_head" for weight in weights)
 
-    def dense(name: str) -> jax.Array:
+    def dense(name: str) -> np.ndarray:
         array = source.read(name)
         if isinstance(array, MdCSR):
             raise CheckpointError(
                 f"{source.where}: tensor {name!r} is compressed; it must be dense; exclude it"
             )
-        return jnp.asarray(array, dtype)
+        return np.asarray(array)
 
     def embedding(name: str) -> Linear:
         array = source.read(name)
@@ -126,13 +126,14 @@ def load_params(
             found = source.read_all(names)
             params["layers"][weight.slot] = found if isinstance(found, MdCSR) else tuple(map(matrix, found))
         elif weight.per_layer:
-            params["layers"][weight.slot] = jnp.stack([dense(name) for name in names])
+            # On the host, where it compiles nothing.
+            params["layers"][weight.slot] = jnp.asarray(np.stack([dense(name) for name in names]), dtype)
         elif weight.linear:
             params[weight.slot] = matrix(source.read(names[0]))
         elif weight.slot == "embed_tokens":
             params[weight.slot] = embedding(names[0])
         else:
-            params[weight.slot] = dense(names[0])
+            params[weight.slot] = jnp.asarray(dense(names[0]), dtype)
     return params
 
 
