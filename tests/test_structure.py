@@ -15,8 +15,9 @@ METAL = Path(importlib.util.find_spec("metal_ops").origin).parent
 
 # A package may import itself and what stands to its right.
 MAY_IMPORT = {
-    "cli": {"train", "inference", "models", "compress", "io", "core"},
+    "cli": {"serve", "train", "inference", "models", "compress", "io", "core"},
     "train": {"inference", "models", "io", "core"},
+    "serve": {"inference", "core"},
     "inference": {"models", "io", "core"},
     "models": {"core"},
     # Calibration runs a model, block by block; models know nothing of compression.

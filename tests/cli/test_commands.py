@@ -105,13 +105,26 @@ def test_verify_accepts_a_whole_file_and_names_what_is_broken(upg_jax, compresse
 def test_generate_streams_what_the_model_answers(upg_jax, compressed):
     from upg_jax import UPGModel
 
-    expected = UPGModel.from_file(compressed[0]).generate("he says", max_new_tokens=6)
+    model = UPGModel.from_file(compressed[0])
+    expected = model.generate("he says", max_new_tokens=6)
     result = upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6")
     assert result.stdout == expected.text + "\n"
-    as_json = json.loads(
-        upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6", "--json").stdout
-    )
-    assert as_json["ids"] == expected.ids
+    settings = {
+        "max_new_tokens": 6,
+        "temperature": 1.2,
+        "seed": 3,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "presence_penalty": 0.1,
+    }
+    options = [text for k, v in settings.items() for text in (f"--{k.replace('_', '-')}", v)]
+    chat = ["--chat", "--system", "Be brief.", "--stop", "never", "--json"]
+    as_json = json.loads(upg_jax("generate", compressed[0], "he says", *options, *chat).stdout)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "he says"}]
+    assert as_json["ids"] == model.generate(model.tokenizer.encode_chat(messages), **settings).ids
     as_it_lies = upg_jax("generate", compressed[0], "he says", "--max-new-tokens", "6", "--no-pack")
     assert as_it_lies.stdout == expected.text + "\n"
     assert "with index delta8" in as_it_lies.stderr

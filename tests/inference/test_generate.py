@@ -120,22 +120,6 @@ def test_streaming_gives_the_same_tokens_and_the_reason_last(model, alone):
         assert (end.id, end.finish_reason) == (None, answer.finish_reason)
 
 
-@pytest.fixture
-def compilations():
-    """Counts programs that XLA compiles, whoever asks for them."""
-    from jax import monitoring
-
-    counted, counting = [], [True]
-
-    def count(event, duration, **_):
-        if counting and event == "/jax/core/compile/backend_compile_duration":
-            counted.append(event)
-
-    monitoring.register_event_duration_secs_listener(count)
-    yield counted
-    counting.clear()
-
-
 def test_nothing_compiles_after_a_warm_up(model, compilations):
     model.generate(prompt_of(20), max_new_tokens=4)
     warm = len(compilations)

@@ -199,3 +199,10 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "upg-jax\[hf\]"'):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_the_bytes_of_tokens_add_up_to_those_of_a_text():
+    for tokenizer, text in [(byte_level(), "naïve 🙂 中文 text"), (byte_fallback(), "ab é 🙂")]:
+        ours = Tokenizer(tokenizer)
+        found = b"".join(ours.token_bytes(token) for token in ours.encode(text))
+        assert found.decode().replace(" ", "") == text.replace(" ", "")

@@ -9,6 +9,7 @@ import typer
 from upg_jax._version import __version__
 from upg_jax.cli import (
     _bench,
+    _chat,
     _compress,
     _convert,
     _demo,
@@ -18,6 +19,7 @@ from upg_jax.cli import (
     _inspect,
     _recover,
     _report,
+    _serve,
 )
 
 app = typer.Typer(
@@ -52,5 +54,7 @@ app.command("verify")(_inspect.verify)
 app.command("eval")(_evaluate.evaluate)
 app.command("report")(_report.report)
 app.command("generate")(_generate.generate)
+app.command("chat")(_chat.chat)
+app.command("serve")(_serve.serve)
 app.command("bench")(_bench.bench)
 app.command("doctor")(_doctor.doctor)

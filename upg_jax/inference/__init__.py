@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from upg_jax.inference._answer import Generation, StreamedToken
 from upg_jax.inference._comparison import Comparison, WeightError, compare, weight_errors
+from upg_jax.inference._engine import Engine, EngineBusyError, EngineClosedError, Request
 from upg_jax.inference._lm_eval import evaluate_tasks, lm_eval_adapter
 from upg_jax.inference._logprobs import TokenLogprobs
 from upg_jax.inference._model import UPGModel
@@ -14,9 +15,13 @@ from upg_jax.inference._tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "Comparison",
+    "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
     "Generation",
     "GenerationSettings",
     "Perplexity",
+    "Request",
     "Sampling",
     "StreamedToken",
     "TextStream",

@@ -73,7 +73,7 @@ def first_tokens(
     logits: jax.Array, lengths: jax.Array, sampling: Sampling, history: History, stop_ids: jax.Array
 ) -> tuple[Chosen, jax.Array, History]:
     """Chooses the first token of each answer from the logits after its prompt; returns what `decode` does."""
-    return _choose(logits, lengths, sampling, history, stop_ids, jnp.zeros(logits.shape[0], jnp.bool_))
+    return choose(logits, lengths, sampling, history, stop_ids, jnp.zeros(logits.shape[0], jnp.bool_))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("cache", "history"))
@@ -105,11 +105,11 @@ def decode(
     counts = (~done).astype(jnp.int32)
     logits, new = forward(params, config, tokens[:, None], cache, counts=counts, last_only=True)
     assert new is not None
-    chosen, ended, history = _choose(logits, new.lengths, sampling, history, stop_ids, done)
+    chosen, ended, history = choose(logits, new.lengths, sampling, history, stop_ids, done)
     return dataclasses.replace(chosen, tokens=jnp.where(done, tokens, chosen.tokens)), ended, history, new
 
 
-def _choose(
+def choose(
     logits: jax.Array,
     positions: jax.Array,
     sampling: Sampling,
@@ -117,6 +117,7 @@ def _choose(
     stop_ids: jax.Array,
     done: jax.Array,
 ) -> tuple[Chosen, jax.Array, History]:
+    """Chooses a token for each row, for use in compiled steps; `done` are rows whose answer has ended already."""
     tokens = sample(penalized(logits, sampling, history), sampling, positions)
     chosen = recorded(logits, tokens, sampling)
     ended = done | jnp.any(tokens[:, None] == stop_ids, axis=-1)

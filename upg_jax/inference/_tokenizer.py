@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,17 @@ class Tokenizer:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """Returns the bytes that a token stands for, which may be part of a character; None if that is not known."""
+        text = self.decode([token], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return text.encode("utf-8")
+        spelled = self._tokenizer.id_to_token(token) or ""
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", spelled):
+            return bytes.fromhex(match[1])
+        known = _byte_level()
+        return bytes(known[c] for c in spelled) if all(c in known for c in spelled) else None
+
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Renders a conversation with the model's chat template.
 
@@ -133,6 +146,14 @@ class TextStream:
 
     def _texts(self) -> tuple[str, str]:
         return self._tokenizer.decode(self._ids), self._tokenizer.decode(self._ids[: self._known])
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """The characters with which GPT-2's tokenizer and its successors spell bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

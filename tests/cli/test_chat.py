@@ -1,0 +1,93 @@
+"""The terminal chat, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from upg_jax import UPGModel
+
+
+def talk(path, lines, *options):
+    """Says lines to a chat; returns its process's result."""
+    command = [sys.executable, "-m", "upg_jax.cli", "chat", str(path), "--temperature", "0", *options]
+    return subprocess.run(
+        command,
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=240,
+        check=False,
+    )
+
+
+def test_answers_follow_from_the_conversation_and_commands_change_it(gguf_model, tmp_path):
+    saved = tmp_path / "said.json"
+    lines = [
+        "he",
+        "two\\",
+        "lines",
+        f"/save {saved}",
+        "/undo",
+        "/set max_new_tokens 3",
+        "/again",
+        "/set nonsense 1",
+        "/set top_p 7",
+        "/system Be brief.",
+        "x",
+        f"/save {tmp_path / 'last.json'}",
+        "/help",
+        "y" * 200,
+        "/quit",
+        "never",
+    ]
+    result = talk(gguf_model, lines, "--max-new-tokens", "6")
+    assert result.returncode == 0
+    model = UPGModel.from_file(gguf_model)
+
+    def answer(messages, count):
+        ids = model.tokenizer.encode_chat(messages)
+        return {"role": "assistant", "content": model.generate(ids, max_new_tokens=count).text}
+
+    messages = []
+    for text in ("he", "two\nlines"):
+        messages.append({"role": "user", "content": text})
+        messages.append(answer(messages, 6))
+    assert json.loads(saved.read_text()) == messages
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    assert json.loads((tmp_path / "last.json").read_text()) == [*system, answer(system, 3)]
+    assert "NAME must be one of" in result.stderr
+    assert "top_p must be in (0, 1]; got 7" in result.stderr
+    assert "Ctrl-C stops an answer" in result.stderr
+    assert "fills the context" in result.stderr
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(gguf_model, tmp_path):
+    saved = tmp_path / "said.json"
+    command = [sys.executable, "-m", "upg_jax.cli", "chat", str(gguf_model), "--max-new-tokens", "110"]
+    with subprocess.Popen(
+        [*command, "--seed", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    ) as process:
+        try:
+            assert "/help for help" in process.stderr.readline()
+            process.stdin.write("he\n")
+            time.sleep(0.5)  # it compiles, which takes longer
+            process.send_signal(signal.SIGINT)
+            assert "stopped" in process.stderr.readline()
+            process.stdin.write(f"/save {saved}\n/quit\n")
+            process.stdin.close()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert json.loads(saved.read_text())[0] == {"role": "user", "content": "he"}

@@ -1,0 +1,25 @@
+"""Servers on loopback, in threads of the tests' process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+
+@contextlib.contextmanager
+def serving(app):
+    """Runs an application in a thread; yields its address."""
+    import uvicorn
+
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,133 @@
+"""Every bad field is refused with an error of OpenAI's shape that names it."""
+
+from __future__ import annotations
+
+import pytest
+
+CHAT = {"model": "small", "messages": [{"role": "user", "content": "he"}], "max_tokens": 2}
+COMPLETION = {"model": "small", "prompt": "he", "max_tokens": 2}
+WRONG_TYPES = ["1", [], {}, True]
+
+CHAT_CASES = [
+    ("model", [None, 1, []]),
+    ("messages", [None, [], "he", {}, [{"role": "user", "content": "x" * 200}]]),
+    ("messages[0]", [["he"]]),
+    (
+        "messages[0].role",
+        [[{"content": "he"}], [{"role": "root", "content": "he"}], [{"role": 1, "content": "he"}]],
+    ),
+    ("messages[0].content", [[{"role": "user"}], [{"role": "user", "content": 1}]]),
+    ("messages[0].content", [[{"role": "user", "content": "\ud800"}]]),
+    ("messages[0].content[0]", [[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]]),
+    ("max_tokens", [0, -1, 1.5, 10**30, *WRONG_TYPES]),
+    ("max_completion_tokens", [0, 129, *WRONG_TYPES]),
+    ("temperature", [-0.1, 2.1, 10**400, *WRONG_TYPES]),
+    ("top_p", [-0.1, 1.1, *WRONG_TYPES]),
+    ("min_p", [-0.1, 1.1, *WRONG_TYPES]),
+    ("top_k", [-2, 0.5, 2**40, *WRONG_TYPES]),
+    ("repetition_penalty", [0, -1, *WRONG_TYPES]),
+    ("presence_penalty", [-2.1, 2.1, *WRONG_TYPES]),
+    ("frequency_penalty", [-2.1, 2.1, *WRONG_TYPES]),
+    ("seed", [0.5, 2**63, -(2**64), *WRONG_TYPES]),
+    ("n", [0, -1, 7, 10**10, 0.5, *WRONG_TYPES]),
+    ("stop", ["", [""], [1], {}, True, ["x"] * 17]),
+    ("stream", [1, "true", []]),
+    ("stream_options", [{"include_usage": True}, 1]),
+    ("logprobs", [1, "true"]),
+    ("top_logprobs", [3, -1, 21, "1"]),
+    ("logit_bias", [[], {"a": 1}, {"-1": 1}, {"320": 1}, {"1": 101}, {"1": "1"}, {"1": True}, {"1" * 50: 1}]),
+    ("tools", [[{"type": "function"}], 1]),
+    ("response_format", [{"type": "json_object"}, 1]),
+    ("nonsense", [1]),
+]
+COMPLETION_CASES = [
+    ("prompt", [None, "", [], [""], [[]], [-1], [320], [1.5], [True], {}, 1, [["a"]], "x" * 200, [1] * 200]),
+    ("max_tokens", [0, 129]),
+    ("logprobs", [-1, 6, True, "1"]),
+    ("echo", [1]),
+    ("suffix", ["x"]),
+    ("best_of", [3]),
+]
+
+
+def refused(http, path, body, param):
+    response = http.post(path, json=body)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["param"] == param
+    assert len(error["message"]) < 400
+
+
+def cases(listed):
+    return [
+        pytest.param(name, value, id=f"{name}-{i}")
+        for name, values in listed
+        for i, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("name", "value"), cases(CHAT_CASES))
+def test_a_bad_field_of_a_chat_is_named(http, name, value):
+    field = name.partition("[")[0]
+    if name == "temperature" and value == 10**400:
+        # httpx writes what JSON allows; Python itself refuses to read so long a number.
+        response = http.post("/v1/chat/completions", content=b'{"temperature": 1' + b"0" * 5000 + b"}")
+        assert response.status_code == 400
+        return
+    body = {**CHAT, field: value}
+    if "\\ud800" in ascii(value):
+        import json
+
+        response = http.post("/v1/chat/completions", content=json.dumps(body))
+        assert response.json()["error"]["param"] == name
+        return
+    refused(http, "/v1/chat/completions", body, name)
+
+
+@pytest.mark.parametrize(("name", "value"), cases(COMPLETION_CASES))
+def test_a_bad_field_of_a_completion_is_named(http, name, value):
+    refused(http, "/v1/completions", {**COMPLETION, name: value}, name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"temperature": NaN}',
+        b'{"temperature": Infinity}',
+        b"[" * 19_000,
+        b'{"a":' * 3000,
+    ],
+)
+def test_what_is_no_json_object_is_refused(http, content):
+    response = http.post("/v1/chat/completions", content=content)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_fields_that_change_nothing_are_accepted(http):
+    neutral = {"user": "me", "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "stop": None, "seed": None,
+               "response_format": {"type": "text"}, "top_k": -1, "logit_bias": {}, "n": 1, "top_p": 0}  # fmt: skip
+    assert http.post("/v1/chat/completions", json={**CHAT, **neutral}).status_code == 200
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "he"}, {"type": "text", "text": "x"}]}
+    ]
+    assert http.post("/v1/chat/completions", json={**CHAT, "messages": parts}).status_code == 200
+
+
+def test_unknown_paths_and_methods_have_errors_of_the_same_shape(http):
+    for method, path, status in [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/health", 405),
+    ]:
+        response = http.request(method, path)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"

@@ -1,0 +1,196 @@
+"""Requests that come and go: slots are freed at once, limits hold, and a server ends cleanly."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers.serving import serving
+
+httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
+
+LONG = {"model": "small", "prompt": "he", "max_tokens": 120, "ignore_eos": True}
+
+
+@contextlib.contextmanager
+def raw_post(address, body, path="/v1/completions"):
+    """A request by hand; yields its socket."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(head + data)
+        yield connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_slots_at_once(address, engine, http, idle, stream):
+    def cancelled():
+        return re.search(r"upg_jax_cancelled_total (\d+)", http.get("/metrics").text)[1]
+
+    before = cancelled()
+    prompts = {**LONG, "prompt": ["he", "x", "y", "z"], "stream": stream}
+    with raw_post(address, prompts) as connection:
+        while engine.running < 3:
+            time.sleep(0.002)
+        if stream:
+            assert connection.recv(1000)
+    assert idle(2.0)
+    assert int(cancelled()) == int(before) + 1
+
+
+def test_a_slow_reader_holds_no_slot(address, idle, http):
+    with raw_post(address, {**LONG, "stream": True, "logprobs": 5}) as connection:
+        connection.recv(10)
+        assert idle()
+        assert http.get("/health").status_code == 200
+        said = b""
+        while b"[DONE]" not in said:
+            said += connection.recv(100_000)
+    assert said.count(b"data: {") == 121  # the last says why it ended
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\xff\x17garbage\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
+        b"GET /v1/models/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=range(9),
+)
+def test_malformed_http_is_refused_and_the_server_lives_on(address, http, data):
+    with socket.create_connection(address, timeout=5) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.recv(1000)
+        assert answer == b"" or answer.split()[1][:1] == b"4"
+        assert b"root:" not in answer
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused(http, chunked):
+    content = b" " * 30_000
+    response = http.post("/v1/completions", content=iter([content]) if chunked else content)
+    assert response.status_code == 413
+    assert "may have 20000 bytes" in response.json()["error"]["message"]
+
+
+def test_more_requests_than_may_wait_are_told_to_come_again(http, engine, idle):
+    assert idle()
+    # Three slots and four places to wait.
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        jobs = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(9)]
+        responses = [job.result() for job in jobs]
+    busy = [r for r in responses if r.status_code == 429]
+    assert 1 <= len(busy) <= 2
+    assert all(r.headers["retry-after"] == "1" for r in busy)
+    assert busy[0].json()["error"]["type"] == "rate_limit_error"
+    assert sorted(r.status_code for r in responses)[: 9 - len(busy)] == [200] * (9 - len(busy))
+    assert idle()
+    assert http.post("/v1/completions", json={**LONG, "n": 6, "max_tokens": 1}).status_code == 200
+
+
+def test_a_server_of_its_own_has_a_key_a_time_limit_and_origins(engine, idle):
+    from upg_jax.serve import Limits, create_app
+
+    app = create_app(
+        engine, name="small", limits=Limits(seconds=0.05), api_key="secret", cors_origins=["https://page"]
+    )
+    with serving(app) as (host, port), httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as http:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            response = http.post("/v1/completions", json=LONG, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["type"] == "authentication_error"
+        assert http.get("/health").status_code == 200
+        key = {"Authorization": "Bearer secret", "Origin": "https://page"}
+        response = http.post("/v1/completions", json=LONG, headers=key)
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
+        assert response.headers["access-control-allow-origin"] == "https://page"
+        response = http.post("/v1/completions", json={**LONG, "stream": True}, headers=key)
+        assert '"code": "timeout"' in response.text
+        assert response.text.endswith("data: [DONE]\n\n")
+    assert idle(2.0)
+
+
+def test_no_page_of_another_origin_may_use_it_by_default(http):
+    response = http.get("/v1/models", headers={"Origin": "https://page"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_metrics_are_what_prometheus_reads(http, idle):
+    parser = pytest.importorskip("prometheus_client.parser", reason='pip install "upg-jax[test]"')
+
+    def samples():
+        families = parser.text_string_to_metric_families(http.get("/metrics").text)
+        return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+
+    before = samples()
+    response = http.post("/v1/completions", json={**LONG, "max_tokens": 7})
+    assert response.json()["usage"]["completion_tokens"] == 7
+    assert idle()
+    after = samples()
+    prompt = response.json()["usage"]["prompt_tokens"]
+    assert after["upg_jax_generated_tokens_total",] - before["upg_jax_generated_tokens_total",] == 7
+    assert after["upg_jax_prompt_tokens_total",] - before["upg_jax_prompt_tokens_total",] == prompt
+    assert after["upg_jax_first_token_seconds_count",] - before["upg_jax_first_token_seconds_count",] == 1
+    assert after["upg_jax_slots",] == 3
+    assert after["upg_jax_slots_used",] == 0
+    key = ("upg_jax_requests_total", ("path", "/v1/completions"), ("status", "200"))
+    assert after[key] - before.get(key, 0) == 1
+
+
+def test_the_command_serves_and_finishes_its_streams_when_told_to_end(tmp_path):
+    from small_models import byte_level
+
+    path = byte_level.write(tmp_path / "small.gguf")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "upg_jax.cli", "serve", str(path), "--port", str(port), "--slots", "2",
+               "--chunk", "16", "--context", "128"]  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.stderr.readline()
+            assert "serving small.gguf on http://127.0.0.1" in said
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+                deadline = time.monotonic() + 20
+                while True:
+                    with contextlib.suppress(httpx.ConnectError):
+                        if http.get("/health").status_code == 200:
+                            break
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                body = {**LONG, "model": "small.gguf", "stream": True}
+                with http.stream("POST", "/v1/completions", json=body) as response:
+                    lines = response.iter_lines()
+                    next(lines)
+                    process.send_signal(signal.SIGTERM)
+                    rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+            assert process.wait(20) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
+
+
+def test_threads_end_with_their_servers():
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("upg-jax engine") == 1

@@ -1,0 +1,86 @@
+"""Between the engine's thread and the event loop: runs a job, and ends it when the client goes or time is up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from upg_jax.inference import Engine, EngineBusyError, EngineClosedError, Request, StreamedToken
+from upg_jax.serve._errors import ApiError
+from upg_jax.serve._metrics import Metrics
+from upg_jax.serve._requests import Job, settings_of
+
+if TYPE_CHECKING:
+    from upg_jax.inference._engine import Event
+
+_LOG = logging.getLogger("upg_jax.serve")
+
+
+class Running:
+    """A job on the engine. Events are kept until they are read, so that a slow reader holds no row."""
+
+    def __init__(self, job: Job, engine: Engine, metrics: Metrics, seconds: float) -> None:
+        self._engine, self._metrics = engine, metrics
+        self._began = time.monotonic()
+        self._deadline = self._began + seconds
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.tokens = 0
+        loop = asyncio.get_running_loop()
+
+        def request(choice: int) -> Request:
+            def deliver(event: Event) -> None:
+                try:
+                    loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
+                except RuntimeError:  # the loop has ended, and with it everybody who might listen
+                    self._engine.cancel(self._requests[choice])
+
+            return Request(job.prompts[choice // job.n], settings_of(job, choice), deliver)
+
+        self._requests = [request(choice) for choice in range(len(job.prompts) * job.n)]
+        self._left = len(self._requests)
+        try:
+            engine.submit(self._requests)
+        except EngineBusyError as e:
+            raise ApiError(429, str(e), code="rate_limit_exceeded", headers={"Retry-After": "1"}) from e
+        except EngineClosedError as e:
+            raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"}) from e
+        except ValueError as e:
+            raise ApiError(400, str(e)) from e
+        metrics.prompt_tokens += sum(map(len, job.prompts))
+
+    async def events(self) -> AsyncIterator[tuple[int, StreamedToken]]:
+        """Yields each answer's tokens as they come, and their ends.
+
+        Raises:
+            ApiError: if an answer cannot be finished.
+        """
+        while self._left:
+            try:
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    choice, event = await self._events.get()
+            except TimeoutError:
+                raise ApiError(
+                    504, "the answer took longer than this server allows", code="timeout"
+                ) from None
+            if isinstance(event, EngineClosedError):
+                raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
+            if isinstance(event, Exception):
+                _LOG.error("an answer failed", exc_info=event)
+                raise ApiError(500, "the answer could not be computed; the server's log says why") from event
+            if not self.tokens:
+                self._metrics.first_token.observe(time.monotonic() - self._began)
+            self.tokens += event.id is not None
+            self._left -= event.finish_reason is not None
+            yield choice, event
+        self._metrics.duration.observe(time.monotonic() - self._began)
+
+    def end(self) -> None:
+        """Frees whatever is still held; to be called however a job ends."""
+        if self._left:
+            for request in self._requests:
+                self._engine.cancel(request)
+        self._metrics.generated_tokens += self.tokens
+        self._metrics.cancelled += self._left > 0

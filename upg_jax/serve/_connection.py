@@ -1,0 +1,97 @@
+"""A client's connection: its body, its stream of events, and noticing that it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from upg_jax.serve._errors import ApiError
+
+Result = TypeVar("Result")
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Reads a body, but not more of it than may be.
+
+    Raises:
+        ApiError: if it is larger.
+        ClientGoneError: if it does not come.
+    """
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise ApiError(
+                    413, f"the request's body may have {limit} bytes", headers={"Connection": "close"}
+                )
+    except ClientDisconnect as e:
+        raise ClientGoneError from e
+    return bytes(body)
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Awaits `work`, and cancels it as soon as the client is gone.
+
+    Raises:
+        ClientGoneError: if it is.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None], seconds: float) -> None:
+        """Describes a stream.
+
+        Args:
+            events: the data of each.
+            end: called at the end, whatever it is.
+            seconds: after which a client that does not read is cut off.
+        """
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        # Its length is not known before its end.
+        del self.headers["content-length"]
+        self._events, self._end, self._seconds = events, end, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        try:
+            with contextlib.suppress(ClientGoneError, TimeoutError, OSError):
+                # What an answer takes too long for is said in the stream, a moment before.
+                async with asyncio.timeout(self._seconds + 1):
+                    await unless_gone(receive, self._send_all(send))
+        finally:
+            self._end()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for data in self._events:
+            body = f"data: {data}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
