@@ -94,10 +94,13 @@ def _plot(rows: list[dict[str, Any]], x: str, label: str, y: str) -> str | None:
             axes.plot([row[x] for row in chosen], [row[y] for row in chosen], marker, label=name)
     for row in points:
         axes.annotate(row["name"], (row[x], row[y]), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    best = frontier([(row[x], row[y]) for row in points], more_is_better=x == "tokens_per_second")
+    more_is_better = x == "tokens_per_second"
+    best = frontier([(row[x], row[y]) for row in points], more_is_better=more_is_better)
     if len(best) > 1:
+        # Between two points, what is to be had is the one that is no larger, or no slower.
+        where: Any = "pre" if more_is_better else "post"
         axes.step(
-            *zip(*best, strict=True), where="post", color="gray", linewidth=1, label="frontier", zorder=0
+            *zip(*best, strict=True), where=where, color="gray", linewidth=1, label="frontier", zorder=0
         )
     for row in rows:
         if row["dense"]:
