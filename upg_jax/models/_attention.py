@@ -121,13 +121,21 @@ def attend_cached(
     return out, buffers
 
 
-def _attend_stored(q: jax.Array, keys: jax.Array, *rest: Any) -> jax.Array:
+def _attend_stored(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    index: Any,
+    positions: jax.Array,
+    filled: jax.Array,
+    scores: Scores,
+) -> jax.Array:
     """`_attend_filled` without fresh keys, by the fastest means."""
-    *arrays, scores = rest
+    arrays = (q, keys, values, index, positions, filled)
     if not fits(q, keys):
-        return _attend_filled(q, keys, *arrays, scores)
+        return _attend_filled(*arrays, scores)
     pure = functools.partial(_attend_filled, scores=scores)
-    return attend_position(pure, q, keys, *arrays, **dataclasses.asdict(scores))
+    return attend_position(pure, *arrays, **dataclasses.asdict(scores))
 
 
 def _attend_filled(
