@@ -1,0 +1,114 @@
+"""A checkpoint of Phi-4's real shapes, compressed in little memory. Needs 6 GB of disk and some minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import upg_jax
+from upg_jax import UPGDecompressor
+from upg_jax.models import parse_config, weights
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc"),
+]
+LAYERS = 2
+PHI_4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 250000,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+GB = 10**9
+
+
+def write_checkpoint(directory: Path) -> Path:
+    """Random bfloat16 weights, a shard for the embedding, one for each layer, and one for the head."""
+    directory.mkdir()
+    config = parse_config(PHI_4)
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for weight in weights(config):
+        for layer, name in enumerate(weight.names(LAYERS)):
+            shard = f"layer-{layer}" if weight.per_layer else weight.slot
+            shards.setdefault(shard, {})[name] = weight.shape
+    rng = np.random.default_rng(0)
+    noise = (0.02 * rng.standard_normal(1 << 24, np.float32)).astype(ml_dtypes.bfloat16)
+    weight_map = {}
+    for number, tensors in enumerate(shards.values(), 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(tensors, file)
+        header, offset = {}, 0
+        for name, shape in tensors.items():
+            stop = offset + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, stop]}
+            offset = stop
+        text = json.dumps(header).encode()
+        with (directory / file).open("wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for shape in tensors.values():
+                left = int(np.prod(shape))
+                while left:
+                    # Rotated, so that no two matrices are equal.
+                    piece = np.roll(noise, int(rng.integers(noise.size)))[:left]
+                    f.write(piece.tobytes())
+                    left -= piece.size
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(PHI_4))
+    return directory
+
+
+def peak_of(process: subprocess.Popen[bytes]) -> int:
+    """Bytes of memory of its own that a process came to have; pages of mapped files belong to the page cache."""
+    peak = 0
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        found = re.search(r"RssAnon:\s+(\d+)", status.read_text())
+        peak = max(peak, 1024 * int(found[1]) if found else 0)
+        time.sleep(0.02)
+    return peak
+
+
+def test_memory_stays_below_four_gigabytes(tmp_path):
+    source = write_checkpoint(tmp_path / "source")
+    command = [
+        sys.executable,
+        "-m",
+        "upg_jax.cli",
+        "compress",
+        str(source),
+        str(tmp_path / "out"),
+        "--density",
+        "0.5",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(upg_jax.__file__).parents[1])}
+    log = tmp_path / "log"
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process:
+        peak = peak_of(process)
+    assert process.returncode == 0, log.read_text()
+    assert peak < 4 * GB
+    with UPGDecompressor.from_safetensors(tmp_path / "out") as file:
+        assert file.info("model.layers.1.mlp.gate_up_proj.weight").shape == (35840, 5120)
+    shutil.rmtree(tmp_path)
