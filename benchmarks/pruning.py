@@ -1,12 +1,13 @@
 """One-shot pruning of SmolLM2-135M-Instruct: methods and densities against perplexity on text not calibrated on.
 
-    python benchmarks/pruning.py MODEL.gguf GENSIM.whl HANDBOOK.deb rows.jsonl [--methods ...] [--densities ...]
+    python -m benchmarks.pruning MODEL.gguf GENSIM.whl HANDBOOK.deb rows.jsonl [--methods ...] [--densities ...]
 
 The texts come from packages and are not in this repository: Wikipedia articles in gensim's wheel (`pip download
 --no-deps gensim==4.4.0`), and the English prose of Debian's `debian-handbook` (`apt-get download debian-handbook`;
 needs `dpkg-deb`). Calibration: 64 windows of 512 tokens of every article but each fourth. Evaluation: 20 windows of
 512 tokens, evenly spaced, of each fourth article, and of the handbook. A row is one setting: perplexities on both
-texts, bits per weight of the linear layers, seconds of wall clock and of CPU for compression.
+texts, bits per weight of the linear layers, seconds of wall clock and of CPU for compression, and the process's most
+resident memory so far.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import platform
 import re
+import resource
 import subprocess
 import tempfile
 import time
@@ -94,7 +96,7 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("package", type=Path)
     parser.add_argument("rows", type=Path, help="results are appended, a JSON object a line")
-    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--methods", nargs="+", default=["dense", "magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.7, 0.5, 0.4, 0.3])
     parser.add_argument("--pattern")
     parser.add_argument("--keep", type=Path, help="keep the compressed models in this directory")
@@ -128,10 +130,11 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
-    record(dense, method="dense", density=1.0)
+    if "dense" in options.methods:
+        record(dense, method="dense", density=1.0)
     del dense
     with tempfile.TemporaryDirectory() as temporary:
-        for method in options.methods:
+        for method in (m for m in options.methods if m != "dense"):
             for density in options.densities:
                 settings = Settings(
                     density=density, method=method, pattern=options.pattern, embedding="float"
@@ -145,14 +148,16 @@ def main() -> None:
                     calibration=None if method == "magnitude" else calibration,
                     force=True,
                 )
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 record(
                     UPGModel.from_file(directory),
                     method=method,
                     density=density,
                     pattern=settings.counted,
                     bits_per_weight=report.bits_per_weight,
-                    seconds=time.perf_counter() - wall,
-                    cpu_seconds=time.process_time() - cpu,
+                    seconds=wall,
+                    cpu_seconds=cpu,
+                    peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 )
 
 

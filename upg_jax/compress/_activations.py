@@ -23,7 +23,8 @@ Visit: TypeAlias = Callable[[Sequence[str], Sequence[jax.Array]], Mapping[str, A
 """Given the names of matrices that share their input, and that input in batches `(windows, tokens, features)`: returns
 the float32 matrices to go on with."""
 
-_BATCH_TOKENS = 4096
+# So few that attention's scores stay in a processor's cache.
+_BATCH_TOKENS = 1024
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,15 @@ def encode_in_order(
 
 
 def _dense(matrix: MdCSR | np.ndarray) -> jax.Array:
-    if isinstance(matrix, MdCSR):
-        return to_dense(jax.tree.map(jnp.asarray, matrix), jnp.float32)
-    return jnp.asarray(matrix, jnp.float32)
+    if not isinstance(matrix, MdCSR):
+        return jnp.asarray(matrix, jnp.float32)
+    # Matrices of one shape differ in their entries; at one capacity they share a compiled program.
+    planes = {"values": matrix.values, "prime_indices": matrix.prime_indices}
+    if matrix.index == "delta8":
+        planes["delta_indices"] = matrix.delta_indices
+    padded = {
+        name: np.pad(plane, (0, matrix.num_weights - matrix.capacity))
+        for name, plane in planes.items()
+        if plane is not None
+    }
+    return to_dense(jax.tree.map(jnp.asarray, dataclasses.replace(matrix, **padded)), jnp.float32)

@@ -7,6 +7,7 @@ Surgeon" (1993).
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from upg_jax._errors import EncodingError
 from upg_jax.compress._selection import Pattern, keep_largest
 
 _BLOCK = 128
+# Columns whose changes reach each other one by one; the rest of a block gets those of a slice in one product.
+_SLICE = 32
 _DAMPENING = 0.01
 _MOST_DAMPENING = 1.0
 LARGEST_Q = 127
@@ -166,6 +169,7 @@ def _prune(
     by_row: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows, width = w.shape
+    inner = math.gcd(group, _SLICE)
     divisors = None if scales is None else jnp.where(scales > 0, scales, jnp.ones_like(scales))
 
     def select(part: jax.Array, diagonal: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
@@ -190,26 +194,42 @@ def _prune(
             chosen = lax.dynamic_slice(part, (at, 0), (group, rows))
             kept = select(chosen, diagonal, start + at, counts[index * (block // group) + g])
 
-            def prune_column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def prune_slice(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 part, errors, masks, levels = carry
-                column, survives = part[at + j], kept[j]
-                if scales is None or divisors is None:
-                    level = jnp.zeros(rows, jnp.int8)
-                    final = jnp.where(survives, column, 0)
-                else:
-                    level = jnp.clip(jnp.round(column / divisors), -LARGEST_Q, LARGEST_Q)
-                    level = jnp.where(survives, level, 0).astype(jnp.int8)
-                    final = level.astype(jnp.float32) * scales
-                error = (column - final) / square[at + j, at + j]
-                part = part - square[at + j][:, None] * error[None]
-                return (
-                    part.at[at + j].set(final),
-                    errors.at[at + j].set(error),
-                    masks.at[at + j].set(survives),
-                    levels.at[at + j].set(level),
-                )
+                first = at + number * inner
+                triangle = lax.dynamic_slice(square, (first, first), (inner, inner))
+                survive = lax.dynamic_slice(kept, (number * inner, 0), (inner, rows))
 
-            return lax.fori_loop(0, group, prune_column, (part, *others))
+                def prune_column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                    columns, errors, levels = carry
+                    if scales is None or divisors is None:
+                        level = jnp.zeros(rows, jnp.int8)
+                        final = jnp.where(survive[j], columns[j], 0)
+                    else:
+                        level = jnp.clip(jnp.round(columns[j] / divisors), -LARGEST_Q, LARGEST_Q)
+                        level = jnp.where(survive[j], level, 0).astype(jnp.int8)
+                        final = level.astype(jnp.float32) * scales
+                    error = (columns[j] - final) / triangle[j, j]
+                    columns = columns - triangle[j][:, None] * error[None]
+                    return columns.at[j].set(final), errors.at[j].set(error), levels.at[j].set(level)
+
+                columns = lax.dynamic_slice(part, (first, 0), (inner, rows))
+                columns, error, level = lax.fori_loop(
+                    0,
+                    inner,
+                    prune_column,
+                    (columns, jnp.zeros_like(columns), jnp.zeros(columns.shape, jnp.int8)),
+                )
+                later = jnp.where(
+                    jnp.arange(block) >= first + inner,
+                    lax.dynamic_slice(square, (first, 0), (inner, block)),
+                    0,
+                )
+                part = part - jnp.matmul(later.T, error, precision=lax.Precision.HIGHEST)
+                put = partial(lax.dynamic_update_slice, start_indices=(first, 0))
+                return put(part, columns), put(errors, error), put(masks, survive), put(levels, level)
+
+            return lax.fori_loop(0, group // inner, prune_slice, (part, *others))
 
         done = (
             part,
