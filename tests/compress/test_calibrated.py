@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -38,6 +42,23 @@ def source(tmp_path, weights):
 
 def compress(source, destination, chosen, **options):
     return compress_checkpoint(source, destination, chosen, calibration=CALIBRATION, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, weights):
+    """What SparseGPT makes of the model when nothing stops it."""
+    directory = tmp_path_factory.mktemp("whole")
+    source = llama.write_hugging_face(directory / "hf", weights, dtype=ml_dtypes.bfloat16)
+    compress(source, directory / "out", settings())
+    return directory / "out"
+
+
+def assert_same_files(ours, expected):
+    assert [path.name for path in sorted(ours.iterdir())] == [
+        path.name for path in sorted(expected.iterdir())
+    ]
+    for file in expected.iterdir():
+        assert file.read_bytes() == (ours / file.name).read_bytes()
 
 
 def decoded(directory):
@@ -144,13 +165,18 @@ def test_calibrated_methods_change_the_outputs_less(tmp_path, source, weights):
     assert error["sparsegpt"] < error["wanda"] < error["magnitude"]
 
 
+def test_activations_on_disk_give_the_same_bytes_and_leave_no_file(tmp_path, source, whole):
+    compress(source, tmp_path / "out", settings(), spill=True)
+    assert_same_files(tmp_path / "out", whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
 class StopError(Exception):
     """What the progress callback throws to stop a run."""
 
 
 @pytest.mark.parametrize("stops", [(1,), (3, 5), (13,)])
-def test_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(tmp_path, source, stops):
-    compress(source, tmp_path / "whole", settings())
+def test_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(tmp_path, source, whole, stops):
     for encoded in stops:
         seen = []
 
@@ -164,8 +190,37 @@ def test_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(tmp_path, 
             compress(source, tmp_path / "out", settings(), progress=stop)
     report = compress(source, tmp_path / "out", settings())
     assert report.resumed == sum(stops)
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert_same_files(tmp_path / "out", whole)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from upg_jax.compress import Calibration, Settings, compress_checkpoint
+
+seen = []
+def kill(progress):
+    if progress.stage == "encode" and progress.name:
+        seen.append(progress.name)
+        if len(seen) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+compress_checkpoint(
+    sys.argv[1], sys.argv[2], Settings(density=0.5, method="sparsegpt", embedding="float"), spill=True,
+    calibration=Calibration(np.load(sys.argv[3]), "random tokens"), progress=kill,
+)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_run_that_was_killed_in_the_middle_of_a_block_goes_on(tmp_path, source, whole):
+    np.save(tmp_path / "ids.npy", IDS)
+    paths = [str(source), str(tmp_path / "out"), str(tmp_path / "ids.npy")]
+    run = subprocess.run([sys.executable, "-c", KILLED, *paths], check=False, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "out").exists()
+    assert compress(source, tmp_path / "out", settings()).resumed == 9
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_other_calibration_does_not_go_on_with_the_work_of_the_first(tmp_path, source):

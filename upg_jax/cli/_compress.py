@@ -76,6 +76,9 @@ def compress(
             help="Store each matrix in the form that is smallest at its density, and fast on a CPU as it lies.",
         ),
     ] = False,
+    spill: Annotated[
+        bool, typer.Option("--spill", help="Keep calibration's activations in files instead of in memory.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run's work.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a compressed model.")] = False,
@@ -137,6 +140,7 @@ def compress(
                 progress=progress,
                 restart=restart,
                 force=force,
+                spill=spill,
             )
     except KeyboardInterrupt:
         again = "the same command without --restart" if restart else "the same command"

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -22,6 +25,9 @@ from upg_jax.models import DecoderConfig, Weight, embed, head, run_layers
 Visit: TypeAlias = Callable[[Sequence[str], Sequence[jax.Array]], Mapping[str, Any]]
 """Given the names of matrices that share their input, and that input in batches `(windows, tokens, features)`: returns
 the float32 matrices to go on with."""
+
+Hold: TypeAlias = Callable[[Iterable[jax.Array]], Sequence[jax.Array]]
+"""Keeps a block's activations, batch by batch: `list`, or on disk."""
 
 # So few that attention's scores stay in a processor's cache.
 _BATCH_TOKENS = 1024
@@ -60,10 +66,12 @@ def run_network(
     read: Callable[[str], Any],
     ids: np.ndarray,
     visit: Visit,
+    hold: Hold = list,
 ) -> None:
     """Runs a model over tokens; `visit` sees every group of projections in order and says what they become.
 
-    In memory are the activations of one block, its matrices, and what `read` and `visit` keep.
+    In memory are the activations of one block, or of one batch if `hold` puts them elsewhere, its matrices, and what
+    `read` and `visit` keep.
 
     Args:
         config: the model's.
@@ -71,11 +79,13 @@ def run_network(
         read: returns what is no projection by its name: the embedding, norms and biases.
         ids: int32 `(windows, tokens)`.
         visit: see `Visit`.
+        hold: see `Hold`.
     """
     slots = {weight.slot: weight for weight in weights}
     params = {slot: jnp.asarray(read(slots[slot].name), jnp.float32) for slot in ("embed_tokens", "norm")}
     windows = math.gcd(ids.shape[0], max(1, _BATCH_TOKENS // ids.shape[1]))
-    stream = [embed(params, config, jnp.asarray(batch)) for batch in np.split(ids, ids.shape[0] // windows)]
+    batches = np.split(ids, ids.shape[0] // windows)
+    stream = hold(embed(params, config, jnp.asarray(batch)) for batch in batches)
     del params
     in_layers = [weight for weight in weights if weight.per_layer]
     shapes = tuple((key, w.shape[0]) for w in in_layers if w.linear for key in _keys(w))
@@ -89,21 +99,52 @@ def run_network(
             if not weight.linear
         }
         groups = groups or _groups(one, shapes, others, stream[0])
-        given: list[dict[str, jax.Array]] = [{} for _ in stream]
+        given: dict[str, Sequence[jax.Array]] = {}
         for group in groups:
-            inputs = [
+            inputs = hold(
                 _input_of(others, known, x, config=one, shapes=shapes, key=group[0])
-                for known, x in zip(given, stream, strict=True)
-            ]
+                for known, x in _each(given, stream)
+            )
             matrices = visit([names[key] for key in group], inputs)
             for key in group:
-                matrix = jnp.asarray(matrices[names[key]], jnp.float32)
-                for known, x in zip(given, inputs, strict=True):
-                    known[key] = _product(x, matrix)
-        stream = [_output_of(others, known, x, config=one) for known, x in zip(given, stream, strict=True)]
+                given[key] = hold(_products(inputs, jnp.asarray(matrices[names[key]], jnp.float32)))
+        stream = hold(_output_of(others, known, x, config=one) for known, x in _each(given, stream))
     if "lm_head" in slots:
         norm = jnp.asarray(read(slots["norm"].name), jnp.float32)
-        visit([slots["lm_head"].name], [_input_of_head(norm, x, config=config) for x in stream])
+        visit([slots["lm_head"].name], hold(_input_of_head(norm, x, config=config) for x in stream))
+
+
+def _each(given: Mapping[str, Sequence[jax.Array]], stream: Sequence[jax.Array]) -> Iterator[Any]:
+    """Batch by batch: what is given of it by key, and the stream."""
+    for i, x in enumerate(stream):
+        yield {key: outputs[i] for key, outputs in given.items()}, x
+
+
+def _products(inputs: Sequence[jax.Array], matrix: jax.Array) -> Iterator[jax.Array]:
+    return (_product(x, matrix) for x in inputs)
+
+
+class OnDisk(Sequence[jax.Array]):
+    """Batches in a file without a name, read one at a time."""
+
+    def __init__(self, batches: Iterable[jax.Array], directory: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._places: list[tuple[int, np.dtype, tuple[int, ...]]] = []
+        for batch in batches:
+            self._places.append((self._file.tell(), np.dtype(batch.dtype), batch.shape))
+            self._file.write(np.asarray(batch).tobytes())
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A batch, in memory."""
+        at, dtype, shape = self._places[index]
+        self._file.seek(at)
+        data = self._file.read(math.prod(shape) * dtype.itemsize)
+        return jnp.asarray(np.frombuffer(data, dtype).reshape(shape))
 
 
 def _keys(weight: Weight) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 from upg_jax._decode import to_dense
 from upg_jax._errors import EncodingError
 from upg_jax._mdcsr import MdCSR
-from upg_jax.compress._activations import run_network
+from upg_jax.compress._activations import OnDisk, run_network
 from upg_jax.compress._calibration import Calibration
 from upg_jax.compress._methods import compress_matrix
 from upg_jax.compress._plan import Plan, linears
@@ -49,6 +51,7 @@ def encode_in_order(
     plan: Plan,
     read_part: Callable[[str], MdCSR | None],
     write_part: Callable[[str, MdCSR], None],
+    spill: Path | None = None,
 ) -> None:
     """Encodes every tensor that has no part yet, each with the inputs that those before it leave.
 
@@ -59,6 +62,7 @@ def encode_in_order(
         plan: what becomes of it, with a calibration.
         read_part: returns an encoded tensor, or None.
         write_part: keeps an encoded tensor.
+        spill: directory for activations; None keeps them in memory.
     """
     assert plan.calibration is not None
     config = parse_config(checkpoint.config)
@@ -84,7 +88,8 @@ def encode_in_order(
         inputs = Inputs(batches)
         return {name: _dense(matrix(name, inputs)) for name in names}
 
-    run_network(config, weights(config), read, plan.calibration.ids, visit)
+    hold = list if spill is None else partial(OnDisk, directory=spill)
+    run_network(config, weights(config), read, plan.calibration.ids, visit, hold)
     for name in planned:
         matrix(name, None)  # what the model does not use, such as the second copy of a tied head
 
@@ -93,12 +98,13 @@ def _dense(matrix: MdCSR | np.ndarray) -> jax.Array:
     if not isinstance(matrix, MdCSR):
         return jnp.asarray(matrix, jnp.float32)
     # Matrices of one shape differ in their entries; at one capacity they share a compiled program.
-    planes = {"values": matrix.values, "prime_indices": matrix.prime_indices}
-    if matrix.index == "delta8":
-        planes["delta_indices"] = matrix.delta_indices
-    padded = {
-        name: np.pad(plane, (0, matrix.num_weights - matrix.capacity))
-        for name, plane in planes.items()
-        if plane is not None
-    }
-    return to_dense(jax.tree.map(jnp.asarray, dataclasses.replace(matrix, **padded)), jnp.float32)
+    tail = (0, matrix.num_weights - matrix.capacity)
+    padded = dataclasses.replace(
+        matrix,
+        values=np.pad(matrix.values, tail),
+        delta_indices=np.pad(matrix.delta_indices, tail)
+        if matrix.index == "delta8"
+        else matrix.delta_indices,
+        prime_indices=None if matrix.prime_indices is None else np.pad(matrix.prime_indices, tail),
+    )
+    return to_dense(jax.tree.map(jnp.asarray, padded), jnp.float32)

@@ -96,6 +96,7 @@ def compress_checkpoint(
     progress: Callable[[Progress], None] | None = None,
     restart: bool = False,
     force: bool = False,
+    spill: bool = False,
 ) -> Report:
     """Compresses a checkpoint into a new directory with `model.safetensors`, `config.json` and the tokenizer.
 
@@ -111,6 +112,7 @@ def compress_checkpoint(
         progress: called often, with the stage's bytes, rate and time left.
         restart: forget an earlier run's unfinished work.
         force: replace the compressed model that `destination` already is.
+        spill: keep the activations in files beside the unfinished work instead of in memory.
 
     Raises:
         CheckpointError: for a source that cannot be read, unfinished work from other settings or sources, or
@@ -147,7 +149,7 @@ def compress_checkpoint(
         shutil.rmtree(partial.output, ignore_errors=True)
         partial.output.mkdir()
         checkpoint.write_tokenizer(partial.output)
-        resumed = _encode_all(checkpoint, planned, partial, progress)
+        resumed = _encode_all(checkpoint, planned, partial, progress, partial.path if spill else None)
         _write_output(checkpoint, planned, partial, made, progress)
         if destination.exists():
             shutil.rmtree(partial.replaced, ignore_errors=True)
@@ -158,7 +160,11 @@ def compress_checkpoint(
 
 
 def _encode_all(
-    checkpoint: Checkpoint, planned: Plan, partial: Partial, progress: Callable[[Progress], None] | None
+    checkpoint: Checkpoint,
+    planned: Plan,
+    partial: Partial,
+    progress: Callable[[Progress], None] | None,
+    spill: Path | None,
 ) -> int:
     """Encodes the tensors that have no part yet; returns how many had one."""
     nbytes = [t.num_weights * checkpoint.dtype(t.name).itemsize for t in planned.compressed]
@@ -178,7 +184,7 @@ def _encode_all(
             i = index[name]
             return partial.read_part(i, name) if partial.has_part(i, name) else None
 
-        encode_in_order(checkpoint, planned, read_part, write_part)
+        encode_in_order(checkpoint, planned, read_part, write_part, spill)
         return sum(done)
     for tensor, finished in zip(planned.compressed, done, strict=True):
         assert tensor.encoding is not None

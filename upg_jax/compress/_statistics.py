@@ -29,13 +29,17 @@ class Inputs:
         return factor(gram(self._batches))
 
 
-@jax.jit
 def square_sums(inputs: Sequence[jax.Array]) -> jax.Array:
     """The sum of each feature's squares over batches `(windows, tokens, features)`, float32 `(features,)`."""
     total = jnp.zeros(inputs[0].shape[-1], jnp.float32)
     for x in inputs:
-        total = total + jnp.sum(x * x, axis=(0, 1))
+        total = _add_squares(total, x)
     return total
+
+
+@jax.jit
+def _add_squares(total: jax.Array, x: jax.Array) -> jax.Array:
+    return total + jnp.sum(x * x, axis=(0, 1))
 
 
 def gram(inputs: Sequence[jax.Array]) -> jax.Array:
