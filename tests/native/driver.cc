@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_checks.h"
 #include "conversion.h"
 #include "dispatch.h"
 #include "execution_checks.h"
@@ -446,6 +447,9 @@ int main(int argc, char** argv) {
   for (const upg::Kernels* kernels : upg::usable_kernels()) {
     upg::choose_kernels(kernels->name);
     if (cases.next()) check_halves();
+    for (size_t number = 0; number < 12; ++number) {
+      if (cases.next()) upg::check_attention(number, expect);
+    }
     for (const bool prime : {false, true}) {
       const std::string name = std::string(kernels->name) + (prime ? " prime " : " unit ");
       size_t number = 0;

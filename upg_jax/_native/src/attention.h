@@ -87,7 +87,7 @@ void attend(const Attention& a, float* out, size_t item, Workspace& w) {
   const size_t rows = ((a.layer * a.batch + b) * a.kv_heads + head / (a.heads / a.kv_heads)) * a.length;
   float query[Attention::kMostDim], sums[Attention::kMostDim] = {}, weights[kPositions];
   const float* const q = floats_of<Isa>(a.queries, a.element, item * a.dim, a.dim, query);
-  const std::int64_t position = a.positions[b], newest = a.filled[b] - 1;
+  const std::int64_t position = a.positions[b], newest = std::int64_t{a.filled[b]} - 1;
   const auto visible = [&](size_t slot) {
     // A ring: what a slot holds is the last position that belongs there.
     const std::int64_t length = static_cast<std::int64_t>(a.length), s = static_cast<std::int64_t>(slot);
