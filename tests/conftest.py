@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A shell starts what runs in the background with Ctrl-C ignored, and programs inherit that: some tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read once, when jax starts its CPU backend, so they must be set before anything imports it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -82,6 +82,8 @@ def choose_index(layer: MdCSR) -> tuple[Index, str]:
     """The form in which products with this layer are fastest on this machine, and the reason in words."""
     if _metal_lowering.reads(layer.capacity, requested_backend()):
         return "delta8", "the Metal kernels read deltas"
+    if jax.default_backend() in ("gpu", "cuda"):
+        return "delta8", "the CUDA kernels read deltas"
     if _native.load() is None or requested_backend() == "reference":
         return layer.index, "pure JAX walks every form at about the same speed, so it stays as it is"
     density = (layer.nnz if layer.index != "dense" else layer.true_nnz) / max(layer.num_weights, 1)

@@ -272,6 +272,13 @@ def test_the_form_is_chosen_by_density_and_says_why():
         assert "pure JAX" in choose_index(layer)[1]
 
 
+def test_layers_keep_deltas_where_a_gpu_will_read_them(monkeypatch):
+    layer = MdCSR.from_dense(np.ones((32, 64), np.float32), density=0.5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose_index(layer) == ("delta8", "the CUDA kernels read deltas")
+    assert pack(layer) is layer
+
+
 def test_arguments_are_checked():
     layer = Case().layer
     assert pack(layer, "delta8") is layer

@@ -14,7 +14,7 @@ from oracle.mdcsr import decode_layer
 
 from upg_jax import MdCSR, pack
 from upg_jax.inference import UPGModel
-from upg_jax.models import _packing, forward, is_stacked, pack_params
+from upg_jax.models import _packing, decoded_rows, forward, is_stacked, pack_params
 from upg_jax.models._packing import can_join, join_rows
 
 IDS = np.random.default_rng(0).integers(0, 101, (2, 11))
@@ -127,3 +127,13 @@ def test_a_compressed_head_is_packed_and_the_embedding_left_for_looking_up():
     assert packed["embed_tokens"] is rows["embed_tokens"]
     np.testing.assert_array_equal(decode_layer(packed["lm_head"]), decode_layer(rows["lm_head"]))
     np.testing.assert_allclose(logits(model, packed), logits(model, model.params), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_rows_of_an_embedding_decode_to_the_array_they_are(alignment):
+    w = np.random.default_rng(0).standard_normal((9, 21)).astype(np.float32)
+    rows = pack(MdCSR.from_dense(w, row_alignment=alignment), "dense")
+    np.testing.assert_array_equal(decoded_rows(rows, jnp.float32), rows.to_dense(np.float32))
+    assert decoded_rows(rows, jnp.bfloat16).dtype == jnp.bfloat16
+    mask = pack(rows, "mask")
+    assert decoded_rows(mask, jnp.float32) is mask

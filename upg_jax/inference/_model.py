@@ -23,6 +23,7 @@ from upg_jax.models import (
     DecoderConfig,
     KVCache,
     Params,
+    decoded_rows,
     init_cache,
     is_stacked,
     load,
@@ -66,7 +67,8 @@ class UPGModel:
 
         A UPG model's compressed planes are packed while loading (copied, in the form that decodes fastest here) if
         they are small, and else used in place as they lie in the file, where the device allows it; `index_bytes`
-        says what they are now. A Hugging Face directory or a GGUF file gives a model of dense layers: the baseline.
+        says what they are now. On an NVIDIA GPU an embedding and a head of int8 rows become arrays of `dtype`. A
+        Hugging Face directory or a GGUF file gives a model of dense layers: the baseline.
 
         Args:
             path: a UPG file or directory (what `upg-jax compress` makes), a Hugging Face directory or a GGUF file.
@@ -93,6 +95,13 @@ class UPGModel:
             eos_token_ids=eos_token_ids(opened),
             name=os.fspath(path),
         )
+        if jax.default_backend() in ("gpu", "cuda"):
+            tables = {
+                key: decoded_rows(model.params[key], dtype)
+                for key in ("embed_tokens", "lm_head")
+                if key in model.params
+            }
+            model = dataclasses.replace(model, params={**model.params, **tables})
         if sum(model.index_bytes.values()) <= _PACK_BYTES if pack is None else pack:
             return dataclasses.replace(model, params=pack_params(model.params))
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from upg_jax.models._cache import KVCache, init_cache
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._decoder import Params, embed, forward, head, run_layers
+from upg_jax.models._embedding import decoded_rows
 from upg_jax.models._families import load, parse_config, weights
 from upg_jax.models._linear import Linear, Linears, is_stacked
 from upg_jax.models._packing import pack_params
@@ -19,6 +20,7 @@ __all__ = [
     "Weight",
     "WeightSource",
     "can_stack",
+    "decoded_rows",
     "embed",
     "forward",
     "head",

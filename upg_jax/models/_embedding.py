@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from upg_jax._index import dense_row_entries
 from upg_jax._mdcsr import MdCSR
 
 
@@ -16,6 +18,24 @@ def is_rows(weight: Any) -> bool:
     if not isinstance(weight, MdCSR):
         return True
     return weight.index == "dense" and weight.manifold == "unit" and weight.stack_size is None
+
+
+def decoded_rows(weight: Any, dtype: Any) -> Any:
+    """An embedding or head of int8 rows as a dense array `(rows, hidden)`; anything else as it is.
+
+    For platforms whose kernels read no dense rows: there a product with the array is fast, one with the rows is not.
+    """
+    if not isinstance(weight, MdCSR) or not is_rows(weight):
+        return weight
+    return _decode_rows(weight, dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _decode_rows(weight: MdCSR, dtype: Any) -> jax.Array:
+    rows, hidden = weight.shape
+    stride = dense_row_entries(hidden, weight.row_alignment)
+    q = weight.values[: rows * stride].reshape(rows, stride)[:, :hidden]
+    return (q.astype(jnp.float32) * weight.scales[:, None]).astype(dtype)
 
 
 def look_up(embedding: jax.Array | MdCSR, ids: jax.Array) -> jax.Array:
