@@ -85,8 +85,29 @@ def _rounded(value: Any) -> Any:
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The rows of some files, plain or gzipped; each gets what its file's last environment row says of `threads`."""
-    return [row for path in paths for row in _with_threads(_lines(path))]
+    """The rows of some files, plain or gzipped; each gets what its file's last environment row says of `threads`.
+
+    A case that was measured several times is one row with all calls: a busy minute of the machine is not the result.
+    """
+    return list(_pooled(row for path in paths for row in _with_threads(_lines(path))))
+
+
+def _pooled(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the same topic, case and threads as one, where the first of them is."""
+    known: dict[str, dict[str, Any]] = {}
+    others = []
+    for row in rows:
+        if "seconds" not in row:
+            others.append(row)
+            continue
+        key = json.dumps([row["topic"], row["threads"], row["case"]], sort_keys=True)
+        if key not in known:
+            known[key] = row | {"seconds": {name: list(calls) for name, calls in row["seconds"].items()}}
+            continue
+        for name, calls in row["seconds"].items():
+            known[key]["seconds"].setdefault(name, []).extend(calls)
+    yield from others
+    yield from known.values()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -140,7 +140,7 @@ FLOORS = [
 
 
 def table(rows: list[Row]) -> str:
-    """All floors in Markdown; of several measurements the worst counts."""
+    """All floors in Markdown; of several cases the worst counts."""
     lines = ["| floor | promised | measured | |", "|---|---:|---:|---|"]
     for floor in FLOORS:
         value, kept = floor.verdict(rows)

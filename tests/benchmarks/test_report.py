@@ -82,6 +82,16 @@ def test_floors_are_judged_by_the_form_that_pack_chooses(raw):
     assert "not measured" in lines["| ... times BCSR"]
 
 
+def test_a_case_measured_twice_is_one_row_with_all_calls(raw, tmp_path):
+    again = tmp_path / "again.jsonl"
+    rows = [json.loads(line) for line in gzip.decompress(raw.read_bytes()).splitlines()]
+    slow = [row for row in rows if row["topic"] == "environment"]
+    slow += [row | {"seconds": {name: [9.0] for name in row["seconds"]}} for row in rows if "seconds" in row]
+    again.write_text("\n".join(map(json.dumps, slow)))
+    # One slow call among several moves no median.
+    assert run("benchmarks.floors", raw, again) == run("benchmarks.floors", raw)
+
+
 def test_a_report_has_tables_and_plots_of_the_rows(raw, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib (pip install 'upg-jax[bench]')")
     run("benchmarks.report", raw, "-o", tmp_path / "report")
