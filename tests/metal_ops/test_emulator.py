@@ -155,7 +155,7 @@ def test_lanes_switch_on_64_bit_arm_too(tmp_path, monkeypatch):
     def run(kernel, launch, buffers):
         return _sanitized.dispatch(script, kernel, launch, buffers, writes[kernel])
 
-    on_arm = metal_ops.Program(program.signatures, run, reverse=False, threads=1)
+    on_arm = metal_ops.Program(program.signatures, run, reverse=False, threads=1, memory=32 << 10)
     monkeypatch.setattr(metal, "program", lambda *_, **__: on_arm)
     np.testing.assert_array_equal(metal.product("sparse_matvec_shared", planes, x, tile=96), expected)
 
