@@ -96,12 +96,10 @@ class UPGModel:
             name=os.fspath(path),
         )
         if jax.default_backend() in ("gpu", "cuda"):
-            tables = {
-                key: decoded_rows(model.params[key], dtype)
-                for key in ("embed_tokens", "lm_head")
-                if key in model.params
-            }
-            model = dataclasses.replace(model, params={**model.params, **tables})
+            params = dict(model.params)
+            for name in params.keys() & {"embed_tokens", "lm_head"}:
+                params[name] = decoded_rows(params[name], dtype)
+            model = dataclasses.replace(model, params=params)
         if sum(model.index_bytes.values()) <= _PACK_BYTES if pack is None else pack:
             return dataclasses.replace(model, params=pack_params(model.params))
         return model

@@ -34,8 +34,8 @@ def decoded_rows(weight: Any, dtype: Any) -> Any:
 def _decode_rows(weight: MdCSR, dtype: Any) -> jax.Array:
     rows, hidden = weight.shape
     stride = dense_row_entries(hidden, weight.row_alignment)
-    q = weight.values[: rows * stride].reshape(rows, stride)[:, :hidden]
-    return (q.astype(jnp.float32) * weight.scales[:, None]).astype(dtype)
+    q = jnp.asarray(weight.values)[: rows * stride].reshape(rows, stride)[:, :hidden]
+    return (q.astype(jnp.float32) * jnp.asarray(weight.scales)[:, None]).astype(dtype)
 
 
 def look_up(embedding: jax.Array | MdCSR, ids: jax.Array) -> jax.Array:
