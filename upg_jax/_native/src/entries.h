@@ -10,8 +10,8 @@ namespace {
 #define UPG_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 // Asks for memory that is read about a microsecond later; any address is allowed. The processor prefetches by itself, but
-// begins anew in every page, and a page whose address it has yet to translate costs most of all: measured, products of
-// matrices that no cache holds take up to 1.7 times as long without.
+// begins anew in every page, and a page whose address it has yet to translate costs most of all, as
+// products of matrices that no cache holds show.
 inline void prefetch_ahead(const void* p) {
   constexpr std::uintptr_t kBytes = 2048;
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + kBytes));

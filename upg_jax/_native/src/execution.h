@@ -16,7 +16,7 @@ namespace upg {
 // deadlock, and one thread alone does everything. A thread that comes too late touches no buffer.
 //
 // Each thread begins with a share of consecutive items, then helps with the other shares: long runs of memory for one
-// thread suit prefetching, and made products of large matrices up to 1.6 times as fast as turns.
+// thread suit prefetching, where in turns each would have prefetched for the other.
 class Execution {
  public:
   // `threads` is how many will call `work`, if they ever come.
