@@ -75,9 +75,10 @@ def main() -> None:
     model = UPGModel.from_file(arguments.directory, dtype=arguments.dtype)
     print(f"{model}, loaded in {time.perf_counter() - began:.2f} s")
     prompt = arguments.prompt if model.tokenizer is not None else [1, 2, 3, 4, 5, 6, 7, 8]
-    model.generate(prompt, max_new_tokens=2)  # compiles
+    settings = {"max_new_tokens": arguments.tokens, "stop_at_eos": not arguments.random}
+    next(model.stream(prompt, **settings))  # compiles for that many tokens
     began, count = time.perf_counter(), 0
-    for token in model.stream(prompt, max_new_tokens=arguments.tokens, stop_at_eos=not arguments.random):
+    for token in model.stream(prompt, **settings):
         count += token.id is not None
         print(token.text, end="", flush=True)
     seconds = time.perf_counter() - began

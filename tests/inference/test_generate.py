@@ -87,8 +87,8 @@ def test_an_answer_ends_before_an_eos_token_and_others_go_on(model, alone):
 def test_no_step_runs_long_after_all_answers_have_ended(model, alone, monkeypatch):
     stopping = dataclasses.replace(model, eos_token_ids=(alone[0].ids[4],))
     steps = []
-    decode = _generate.decode
-    monkeypatch.setattr(_generate, "decode", lambda *args: steps.append(1) or decode(*args))
+    advance = _generate.advance
+    monkeypatch.setattr(_generate, "advance", lambda *args: steps.append(1) or advance(*args))
     assert len(stopping.generate(PROMPTS[0], max_new_tokens=NEW).ids) == 4
     # Four tokens, the end, and the step that was running already; the first token takes none.
     assert len(steps) == 5
@@ -121,7 +121,8 @@ def test_streaming_gives_the_same_tokens_and_the_reason_last(model, alone):
 
 
 def test_nothing_compiles_after_a_warm_up(model, compilations):
-    model.generate(prompt_of(20), max_new_tokens=4)
+    for settings in ({}, {"temperature": 1}, {"temperature": 1, "top_p": 0.5}, {"logprobs": 0}):
+        model.generate(prompt_of(20), max_new_tokens=4, **settings)
     warm = len(compilations)
     for length, settings in [
         (17, {}),

@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from upg_jax._errors import UPGError
 from upg_jax.inference._answer import Answer, StreamedToken
@@ -18,7 +18,7 @@ from upg_jax.inference._prompt_cache import PromptCache
 from upg_jax.inference._sampling import Sampling
 from upg_jax.inference._settings import GenerationSettings
 from upg_jax.inference._slots import Slots
-from upg_jax.inference._steps import chunk_length, decode
+from upg_jax.inference._steps import PROGRAMS, chunk_length, narrowed
 
 if TYPE_CHECKING:
     from upg_jax.inference._model import UPGModel
@@ -182,15 +182,23 @@ class Engine:
         while lengths[-1] < self._chunk:
             lengths.append(2 * lengths[-1])
         for length in lengths:
-            finished = threading.Event()
+            self._answer(length)
+        for asked in PROGRAMS:
+            self._answer(1, temperature=float("draws" in asked), top_p=0.5 if "top_p" in asked else None)
+        self._answer(1, logprobs=1)  # of no program's wishes
 
-            def deliver(event: Event, finished: threading.Event = finished) -> None:
-                if isinstance(event, Exception) or event.finish_reason is not None:
-                    finished.set()
+    def _answer(self, length: int, **settings: Any) -> None:
+        """Answers a prompt that nobody reads."""
+        finished = threading.Event()
 
-            settings = GenerationSettings(max_new_tokens=4, stop_at_eos=False)
-            self.submit([Request([0] * max(min(length, self.context - 4), 1), settings, deliver)])
-            finished.wait()
+        def deliver(event: Event) -> None:
+            if isinstance(event, Exception) or event.finish_reason is not None:
+                finished.set()
+
+        prompt = [0] * max(min(length, self.context - 4), 1)
+        wanted = GenerationSettings(max_new_tokens=4, stop_at_eos=False, **settings)
+        self.submit([Request(prompt, wanted, deliver)])
+        finished.wait()
 
     def _run(self) -> None:
         try:
@@ -252,13 +260,8 @@ class Engine:
         """Starts a step of all rows, and passes on what those before it chose."""
         active = [(row, request) for row, request in enumerate(self._rows) if request is not None]
         if active:
-            model, at = self.model, self._slots
-            chosen, done, history, cache = decode(
-                model.params, model.config, at.tokens, at.done, at.cache, at.history, at.sampling, at.stop_ids
-            )
-            self._slots = dataclasses.replace(
-                at, tokens=chosen.tokens, done=done, history=history, cache=cache
-            )
+            asked = narrowed(frozenset().union(*(request.settings.asked for _, request in active)))
+            chosen, self._slots = self._slots.step(self.model.params, self.model.config, asked)
             self._pending.append((chosen, active))
         # The newest step runs while what the others chose becomes text.
         while len(self._pending) > bool(active):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from upg_jax.inference._answer import Answer, Generation, StreamedToken
-from upg_jax.inference._logprobs import HostChoices
+from upg_jax.inference._logprobs import Chosen, HostChoices
 from upg_jax.inference._penalties import History
 from upg_jax.inference._rows import repeat_rows
 from upg_jax.inference._sampling import Sampling
 from upg_jax.inference._settings import GenerationSettings
-from upg_jax.inference._steps import CHUNK, cache_capacity, chunk_length, decode, first_tokens, prefill
+from upg_jax.inference._steps import (
+    CHUNK,
+    advance,
+    cache_capacity,
+    choose,
+    chunk_length,
+    narrowed,
+    prefill,
+)
 
 if TYPE_CHECKING:
     from upg_jax.inference._model import UPGModel
@@ -96,25 +106,44 @@ def steps(
             f"generate: a prompt of {max(map(len, prompts))} tokens and max_new_tokens={settings.max_new_tokens} "
             f"exceed the {limit} positions that the model was made for; shorten the prompt or lower max_new_tokens"
         )
-    batch = n * len(prompts)
-    sampling = Sampling.of(batch, settings, seed)
-    rows = [prompt for prompt in prompts for _ in range(n)]
-    history = History.create(rows, settings, model.config.vocab_size)
-    stops = np.tile(stop_ids(model, settings), (batch, 1))
+    choice = _Choice(model, [prompt for prompt in prompts for _ in range(n)], settings, seed)
     cache = model.init_cache(len(prompts), cache_capacity(longest))
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
     for ids, counts in chunks(prompts, CHUNK):
         logits, cache = prefill(model.params, model.config, ids, counts, cache, logits)
     if n > 1:
         logits, cache = repeat_rows(logits, cache, n)
-    chosen, done, history = first_tokens(logits, cache.lengths, sampling, history, stops)
+    chosen = choice.next(logits, cache.lengths)
     for _ in range(settings.max_new_tokens - 1):
-        following, done, history, cache = decode(
-            model.params, model.config, chosen.tokens, done, cache, history, sampling, stops
-        )
+        logits, cache = advance(model.params, model.config, chosen.tokens, choice.done, cache)
+        following = choice.next(logits, cache.lengths)
         yield HostChoices(chosen)
         chosen = following
     yield HostChoices(chosen)
+
+
+class _Choice:
+    """What choosing tokens needs to know of rows, on the device from the start: a copy in each step would cost time."""
+
+    def __init__(
+        self,
+        model: UPGModel,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        seed: int | Sequence[int] | None,
+    ) -> None:
+        rows = len(prompts)
+        sampling = dataclasses.replace(Sampling.of(rows, settings, seed), asked=narrowed(settings.asked))
+        history = History.create(prompts, settings, model.config.vocab_size)
+        stops = np.tile(stop_ids(model, settings), (rows, 1))
+        state = (sampling, history, stops, np.zeros(rows, np.int32), np.zeros(rows, np.bool_))
+        self._sampling, self._history, self._stops, self._tokens, self.done = jax.device_put(state)
+
+    def next(self, logits: jax.Array, positions: jax.Array) -> Chosen:
+        rows = (logits, self._stops, self._tokens, self.done)
+        chosen, self.done, self._history = choose(*rows, positions, self._sampling, self._history)
+        self._tokens = chosen.tokens
+        return chosen
 
 
 def stop_ids(model: UPGModel, settings: GenerationSettings) -> np.ndarray:

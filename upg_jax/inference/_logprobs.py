@@ -72,7 +72,7 @@ def recorded(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> Chosen
     def nothing() -> tuple[jax.Array, jax.Array, jax.Array]:
         return jnp.zeros(batch), jnp.zeros((batch, most), jnp.int32), jnp.zeros((batch, most))
 
-    logprobs, top_tokens, top = lax.cond(jnp.any(sampling.logprobs), compute, nothing)
+    logprobs, top_tokens, top = sampling.where_asked("logprobs", jnp.any(sampling.logprobs), compute, nothing)
     return Chosen(tokens=tokens, logprobs=logprobs, top_tokens=top_tokens, top_logprobs=top)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from upg_jax.inference._sampling import Sampling
 from upg_jax.inference._settings import GenerationSettings
@@ -76,4 +75,4 @@ def penalized(logits: jax.Array, sampling: Sampling, history: History) -> jax.Ar
         | jnp.any(sampling.biased)
     )
     # A row without settings passes unchanged through both branches: x / 1, x * 1, x - 0 and x + 0 are exact.
-    return lax.cond(anything, apply, lambda: logits)
+    return sampling.where_asked("penalties", anything, apply, lambda: logits)

@@ -12,6 +12,9 @@ import numpy as np
 MAX_LOGPROBS = 20
 """Alternatives that a step computes where log-probabilities are asked for."""
 
+ASKED = ("penalties", "draws", "top_k", "top_p", "logprobs")
+"""What a step computes only where a row asks for it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
@@ -89,6 +92,19 @@ class GenerationSettings:
     def stop_texts(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return self.stop  # type: ignore[return-value]  # made so above
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """What a step has to do beside finding the likeliest token, by the names in `ASKED`."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        given = {
+            "penalties": penalties != (1, 0, 0) or bool(self.logit_bias),
+            "draws": self.temperature > 0,
+            "top_k": self.temperature > 0 and self.top_k is not None,
+            "top_p": self.temperature > 0 and self.top_p is not None,
+            "logprobs": self.logprobs is not None,
+        }
+        return frozenset(name for name in given if given[name])
 
     def bias(self, vocab_size: int) -> np.ndarray:
         """`logit_bias` for every token, float32 `(vocab_size,)`.

@@ -14,8 +14,8 @@ from upg_jax.inference._logprobs import Chosen
 from upg_jax.inference._penalties import History
 from upg_jax.inference._rows import replace_row
 from upg_jax.inference._sampling import Sampling
-from upg_jax.inference._steps import choose
-from upg_jax.models import KVCache
+from upg_jax.inference._steps import advance, choose
+from upg_jax.models import DecoderConfig, KVCache, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,6 +87,24 @@ class Slots:
             tokens=tokens, done=done, sampling=sampling, stop_ids=stops, cache=cache, history=rows
         )
 
+    def step(
+        self, params: Params, config: DecoderConfig, asked: frozenset[str] | None
+    ) -> tuple[Chosen, Slots]:
+        """Chooses each row's next token. The caches and histories of `self` are donated.
+
+        Args:
+            params: the decoder's.
+            config: the decoder's.
+            asked: as in `Sampling`, of all rows that are not free.
+        """
+        logits, cache = advance(params, config, self.tokens, self.done, self.cache)
+        rows = (logits, self.stop_ids, self.tokens, self.done)
+        sampling = dataclasses.replace(self.sampling, asked=asked)
+        chosen, done, history = choose(*rows, cache.lengths, sampling, self.history)
+        return chosen, dataclasses.replace(
+            self, tokens=chosen.tokens, done=done, cache=cache, history=history
+        )
+
     def release(self, row: int) -> Slots:
         """Frees a row."""
         return dataclasses.replace(self, done=_release(self.done, np.int32(row)))
@@ -95,8 +113,8 @@ class Slots:
 @partial(jax.jit, donate_argnames=("cache", "history"))
 def _admit(cache: KVCache, history: History, state: Any, row: jax.Array, one: Any) -> Any:
     prefilled, logits, sampling, first_history, stop_ids = one
-    done = jnp.zeros(1, jnp.bool_)
-    chosen, ended, said = choose(logits, prefilled.lengths, sampling, first_history, stop_ids, done)
+    nothing = (jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.bool_))
+    chosen, ended, said = choose(logits, stop_ids, *nothing, prefilled.lengths, sampling, first_history)
     history = jax.tree.map(lambda rows, new: rows.at[row].set(new[0]), history, said)
     new = (chosen.tokens, ended, sampling, stop_ids)
     state = jax.tree.map(lambda rows, new: rows.at[row].set(new[0]), state, new)

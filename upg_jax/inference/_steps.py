@@ -20,6 +20,7 @@ from upg_jax.models import DecoderConfig, KVCache, Params, forward
 CHUNK = 512
 _SMALLEST_CHUNK = 16
 _SMALLEST_CAPACITY = 128
+PROGRAMS = tuple(map(frozenset, ((), ("draws",), ("draws", "top_p"))))
 
 
 def chunk_length(tokens: int) -> int:
@@ -68,26 +69,11 @@ def prefill(
     return jnp.where(counts[:, None] > 0, new, logits), filled
 
 
-@partial(jax.jit, donate_argnames="history")
-def first_tokens(
-    logits: jax.Array, lengths: jax.Array, sampling: Sampling, history: History, stop_ids: jax.Array
-) -> tuple[Chosen, jax.Array, History]:
-    """Chooses the first token of each answer from the logits after its prompt; returns what `decode` does."""
-    return choose(logits, lengths, sampling, history, stop_ids, jnp.zeros(logits.shape[0], jnp.bool_))
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames=("cache", "history"))
-def decode(
-    params: Params,
-    config: DecoderConfig,
-    tokens: jax.Array,
-    done: jax.Array,
-    cache: KVCache,
-    history: History,
-    sampling: Sampling,
-    stop_ids: jax.Array,
-) -> tuple[Chosen, jax.Array, History, KVCache]:
-    """Adds each row's newest token to the cache and chooses the next; rows that are done stay as they are.
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def advance(
+    params: Params, config: DecoderConfig, tokens: jax.Array, done: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Adds each row's newest token to the cache; rows that are done stay as they are.
 
     Args:
         params: the decoder's.
@@ -95,30 +81,50 @@ def decode(
         tokens: int32 `(batch,)`, each row's newest token.
         done: bool `(batch,)`, that token ended the row's answer.
         cache: what came before; donated.
-        history: of the rows; donated.
-        sampling: the rows' settings.
-        stop_ids: int32 `(batch, any)`, tokens that end a row's answer, and -1.
 
     Returns:
-        What was chosen, whether it ends the answers, the rows' new history, and the cache.
+        Logits of what follows, float32 `(batch, vocab)`, and the cache.
     """
     counts = (~done).astype(jnp.int32)
     logits, new = forward(params, config, tokens[:, None], cache, counts=counts, last_only=True)
     assert new is not None
-    chosen, ended, history = choose(logits, new.lengths, sampling, history, stop_ids, done)
-    return dataclasses.replace(chosen, tokens=jnp.where(done, tokens, chosen.tokens)), ended, history, new
+    return logits, new
 
 
+@partial(jax.jit, donate_argnames="history")
 def choose(
     logits: jax.Array,
+    stop_ids: jax.Array,
+    tokens: jax.Array,
+    done: jax.Array,
     positions: jax.Array,
     sampling: Sampling,
     history: History,
-    stop_ids: jax.Array,
-    done: jax.Array,
 ) -> tuple[Chosen, jax.Array, History]:
-    """Chooses a token for each row, for use in compiled steps; `done` are rows whose answer has ended already."""
-    tokens = sample(penalized(logits, sampling, history), sampling, positions)
-    chosen = recorded(logits, tokens, sampling)
-    ended = done | jnp.any(tokens[:, None] == stop_ids, axis=-1)
-    return chosen, ended, history.add(tokens, done)
+    """Chooses a token for each row.
+
+    Args:
+        logits: float32 `(batch, vocab)`.
+        stop_ids: int32 `(batch, any)`, tokens that end a row's answer, and -1.
+        tokens: int32 `(batch,)`, each row's newest token, which those that are done repeat.
+        done: bool `(batch,)`, that token ended the row's answer.
+        positions: int32 `(batch,)` of the tokens to choose.
+        sampling: the rows' settings.
+        history: of the rows; donated.
+
+    Returns:
+        What was chosen, whether it ends the answers, and the rows' new history (the old one where no row reads it).
+    """
+    chosen = sample(penalized(logits, sampling, history), sampling, positions)
+    if sampling.asked is None or "penalties" in sampling.asked:
+        history = history.add(chosen, done)
+    ended = done | jnp.any(chosen[:, None] == stop_ids, axis=-1)
+    following = dataclasses.replace(
+        recorded(logits, chosen, sampling), tokens=jnp.where(done, tokens, chosen)
+    )
+    return following, ended, history
+
+
+def narrowed(asked: frozenset[str]) -> frozenset[str] | None:
+    """What to compile `choose` for: the common sets of wishes each for itself, and one program for all others."""
+    return asked if asked in PROGRAMS else None

@@ -13,6 +13,9 @@ from jax import lax
 from upg_jax.models._cache import positions_in, read, write
 from upg_jax.models._native_attention import attend_position, fits
 
+# A GPU reads this many keys faster than it chooses how many to read.
+_SHORTEST_ON_GPU = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -36,6 +39,8 @@ def attend(
     positions: jax.Array,
     key_positions: jax.Array,
     scores: Scores,
+    *,
+    widen: bool = True,
 ) -> jax.Array:
     """Causal attention, accumulated in float32.
 
@@ -46,6 +51,7 @@ def attend(
         positions: int32 `(batch, tokens)` of the queries.
         key_positions: int32 `(batch, length)`; negative where there is no key.
         scores: how they become weights.
+        widen: multiply in float32. Otherwise in `q`'s dtype, to which weights are rounded: as tensor cores can.
 
     Returns:
         `(batch, tokens, heads * head_dim)` in `q`'s dtype.
@@ -53,12 +59,14 @@ def attend(
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     # One matrix of queries per key head: XLA's CPU backend runs this as a plain batched product, and with more
-    # dimensions half as fast. In float32 also for bfloat16, of which it lacks some products.
+    # dimensions half as fast. It lacks some products of bfloat16.
     groups = (
         q.reshape(batch, tokens, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
     )
-    groups, k, v = (x.astype(jnp.float32) for x in (groups, k, v))
-    products = jnp.einsum("bkqd,bksd->bkqs", groups, k, precision="highest") * scores.scale
+    if widen:
+        groups, k, v = (x.astype(jnp.float32) for x in (groups, k, v))
+    einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    products = einsum("bkqd,bksd->bkqs", groups, k) * scores.scale
     if scores.cap is not None:
         products = jnp.tanh(products / scores.cap) * scores.cap
     behind = positions[:, :, None] - key_positions[:, None]
@@ -67,7 +75,7 @@ def attend(
         visible &= behind < scores.window
     visible = jnp.repeat(visible, heads // kv_heads, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(visible, products, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum("bkqs,bksd->bkqd", weights, v, precision="highest").astype(q.dtype)
+    out = einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v).astype(q.dtype)
     out = out.reshape(batch, kv_heads, tokens, -1, dim).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, tokens, heads * dim)
 
@@ -113,7 +121,7 @@ def attend_cached(
 
     if overwrites:
         # Some of what the new tokens overwrite is still seen by the first of them.
-        out = _attend_filled(q, *buffers, index, positions, past, scores, fresh=(k, v))
+        out = _attend_filled((k, v), q, *buffers, index, positions, past, scores=scores)
         out, buffers = lax.optimization_barrier((out, buffers))
     buffers = (write(buffers[0], index, k, targets), write(buffers[1], index, v, targets))
     if not overwrites:
@@ -132,23 +140,32 @@ def _attend_stored(
 ) -> jax.Array:
     """`_attend_filled` without fresh keys, by the fastest means."""
     arrays = (q, keys, values, index, positions, filled)
+    pure = functools.partial(_attend_filled, None, scores=scores)
     if not fits(q, keys):
-        return _attend_filled(*arrays, scores)
-    pure = functools.partial(_attend_filled, scores=scores)
+        return pure(*arrays)
     return attend_position(pure, *arrays, **dataclasses.asdict(scores))
 
 
-def _attend_filled(
+def _attend_filled(fresh: tuple[jax.Array, jax.Array] | None, *arrays: Any, scores: Scores) -> jax.Array:
+    """`attend` over the filled part of a layer's buffers, and over `fresh` keys and values of `positions` if given."""
+    on = functools.partial(_attend_window, scores=scores)
+    gpu = functools.partial(on, widen=False, shortest=_SHORTEST_ON_GPU)
+    return lax.platform_dependent(fresh, *arrays, cuda=gpu, default=on)
+
+
+def _attend_window(
+    fresh: tuple[jax.Array, jax.Array] | None,
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     index: Any,
     positions: jax.Array,
     filled: jax.Array,
+    *,
     scores: Scores,
-    fresh: tuple[jax.Array, jax.Array] | None = None,
+    widen: bool = True,
+    shortest: int = 64,
 ) -> jax.Array:
-    """`attend` over the filled part of a layer's buffers, and over `fresh` keys and values of `positions` if given."""
     length = keys.shape[-2]
 
     def branch(n: int) -> jax.Array:
@@ -159,19 +176,18 @@ def _attend_filled(
                 jnp.concatenate([x, new.swapaxes(1, 2)], axis=2) for x, new in zip((k, v), fresh, strict=True)
             )
             key_positions = jnp.concatenate([key_positions, positions], axis=1)
-        return attend(q, k, v, positions, key_positions, scores)
+        return attend(q, k, v, positions, key_positions, scores, widen=widen)
 
-    windows = window_lengths(length, q.shape[1] if fresh is None else 0, keys.shape[0] == 1)
+    windows = window_lengths(length, q.shape[1] if fresh is None else 0, keys.shape[0] == 1, shortest)
     which = jnp.sum(jnp.max(filled) > jnp.asarray(windows[:-1], jnp.int32))
     return lax.switch(which, [lambda n=n: branch(n) for n in windows])
 
 
-def window_lengths(capacity: int, tokens: int, unrolled: bool) -> list[int]:
+def window_lengths(capacity: int, tokens: int, unrolled: bool, shortest: int = 64) -> list[int]:
     """Lengths to attend over, ending with the capacity; none too short for `tokens` new ones.
 
     64, 96, 128, 192, and so on, or only the powers of two where each layer would compile all of them again.
     """
-    lengths = [
-        length << k for k in range(capacity.bit_length()) for length in ((64,) if unrolled else (64, 96))
-    ]
+    steps = (shortest,) if unrolled else (shortest, shortest * 3 // 2)
+    lengths = [length << k for k in range(capacity.bit_length()) for length in steps]
     return [*(length for length in lengths if tokens <= length < capacity), capacity]
