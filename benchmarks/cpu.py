@@ -91,7 +91,7 @@ def _waiting(compiled: Callable, x: jax.Array, layers: Iterator[MdCSR]) -> Calla
 
 
 def decode(run: Run) -> Iterator[dict[str, Any]]:
-    """To dense float32: into memory that is used again (a donated buffer) and into fresh memory, beside a copy."""
+    """To dense: into memory that is used again (a donated buffer) and into fresh memory, beside a copy of float32."""
     for density in (0.1, 0.5) if run.quick else sorted(DENSITIES):
         matrix = Matrix(5120, 5120, density)
         source = np.asarray(matrix.decoded)
@@ -103,7 +103,8 @@ def decode(run: Run) -> Iterator[dict[str, Any]]:
             }
         )
         for name, layer in matrix.layers.items():
-            found.calls[name] = _decoding_into(layer)
+            found.calls[name] = _decoding_into(layer, np.float32)
+            found.calls[f"{name}, to bfloat16"] = _decoding_into(layer, jnp.bfloat16)
             fresh = jax.jit(lambda layer: layer.to_dense(np.float32)).lower(layer).compile()
             found.calls[f"{name}, fresh"] = lambda fresh=fresh, layer=layer: jax.block_until_ready(
                 fresh(layer)
@@ -112,13 +113,13 @@ def decode(run: Run) -> Iterator[dict[str, Any]]:
         yield run.row("decode", matrix.case(0), found)
 
 
-def _decoding_into(layer: MdCSR) -> Callable[[], object]:
+def _decoding_into(layer: MdCSR, dtype: Any) -> Callable[[], object]:
     """Decodes into the same memory every time: the result before is donated, and XLA reuses its buffer."""
 
     def run(out: jax.Array, layer: MdCSR) -> jax.Array:
-        return layer.to_dense(np.float32)
+        return layer.to_dense(dtype)
 
-    out = jax.block_until_ready(layer.to_dense(np.float32))
+    out = jax.block_until_ready(layer.to_dense(dtype))
     compiled = jax.jit(run, donate_argnums=0, keep_unused=True).lower(out, layer).compile()
     held = [out]
 

@@ -256,8 +256,23 @@ void check_products(const Planes& p, const Dense& dense, size_t vectors, Element
   expect(same_bits(out.transposed, threaded.transposed), what + ": threads, transposed");
 }
 
+// Whether no other bfloat16 is nearer, and an equally near one is odd.
+bool is_nearest(std::uint16_t rounded, float exact) {
+  const auto error = [exact](int bits) {
+    return std::abs(double{upg::float_from_bfloat16(static_cast<std::uint16_t>(bits))} - double{exact});
+  };
+  for (const int other : {rounded - 1, rounded + 1}) {
+    if (error(other) < error(rounded) || (error(other) == error(rounded) && rounded % 2 == 1)) return false;
+  }
+  return true;
+}
+
 void check_decode(const Planes& p, const Dense& dense, const std::string& what) {
   expect(same_bits(upg::decode(p, 2), dense.rounded), what + ": decode");
+  const std::vector<std::uint16_t> rounded = upg::decode_to_bfloat16(p, 2);
+  for (size_t i = 0; i < rounded.size(); ++i) {
+    expect(is_nearest(rounded[i], dense.rounded[i]), what + ": decode to bfloat16, weight " + std::to_string(i));
+  }
 }
 
 void check_outside(const Planes& p, const std::string& what) {
@@ -436,6 +451,7 @@ void check_garbage(bool prime, Index index, const std::string& name) {
   if (index == Index::kDelta8) upg::kernels().first_row_outside(broken.layer());
   if (index == Index::kDelta8) upg::first_bad_row(broken.layer());
   upg::decode(broken, 2);
+  upg::decode_to_bfloat16(broken, 2);
 }
 
 }  // namespace

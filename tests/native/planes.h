@@ -74,7 +74,13 @@ inline Products multiply(const Planes& p, const void* x, const void* g, Element 
 
 inline std::vector<float> decode(const Planes& p, size_t threads) {
   std::vector<float> out(p.rows() * p.columns, NAN);
-  if (!out.empty()) run(decode_plan({p.layer(), 1, nullptr, 1}, out.data()), threads);
+  if (!out.empty()) run(decode_plan({p.layer(), 1, nullptr, 1}, out.data(), Element::kFloat32), threads);
+  return out;
+}
+
+inline std::vector<std::uint16_t> decode_to_bfloat16(const Planes& p, size_t threads) {
+  std::vector<std::uint16_t> out(p.rows() * p.columns);
+  if (!out.empty()) run(decode_plan({p.layer(), 1, nullptr, 1}, out.data(), Element::kBFloat16), threads);
   return out;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,38 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_equal_the_oracle(case, kernels):
     np.testing.assert_array_equal(np.asarray(case.layer.to_dense(np.float32)), decode_layer(case.layer))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bfloat16_is_the_float32_result_rounded_once(case, kernels):
+    found = np.asarray(case.layer.to_dense(jnp.bfloat16))
+    np.testing.assert_array_equal(found, decode_layer(case.layer).astype(jnp.bfloat16))
+
+
+def test_bfloat16_keeps_what_is_not_finite(kernels):
+    layer = dataclasses.replace(
+        Case("full", (3, 20)).layer, scales=np.array([np.nan, np.inf, 3e38], np.float32)
+    )
+    found, exact = (
+        np.asarray(layer.to_dense(dtype)).astype(np.float32) for dtype in (jnp.bfloat16, np.float32)
+    )
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16).astype(np.float32))
+    assert np.isnan(found[0]).all()
+
+
+def test_bfloat16_under_transforms(kernels):
+    layers = stacked(Case(), Case("full_row"), Case("empty_rows"))
+    expected = decode_layer(layers).astype(jnp.bfloat16)
+    decode = functools.partial(MdCSR.to_dense, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(decode(layers)), expected)
+    np.testing.assert_array_equal(np.asarray(jax.vmap(decode)(layers)), expected)
+    # In small integers, which bfloat16 and the sums hold exactly.
+    layer = dataclasses.replace(layers, values=jnp.clip(layers.values, -3, 3))
+    gradient = jax.grad(lambda s: decode(dataclasses.replace(layer, scales=s)).astype(jnp.float32).sum())(
+        layer.scales
+    )
+    levels = decode_layer(dataclasses.replace(layer, scales=np.ones_like(layer.scales)))
+    np.testing.assert_array_equal(np.asarray(gradient), levels.sum(-1))
 
 
 @pytest.mark.parametrize("manifold", ["unit", "prime"])

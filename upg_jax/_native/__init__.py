@@ -23,7 +23,7 @@ from upg_jax._native._conversion import INDEX_NUMBERS, SIGNATURES, Conversions
 
 SPARSE_DENSE = "upg_jax.sparse_dense.v2"
 DENSE_SPARSE = "upg_jax.dense_sparse.v2"
-DECODE = "upg_jax.decode.v2"
+DECODE = "upg_jax.decode.v3"
 ATTEND = "upg_jax.attend.v1"
 
 KERNELS_VARIABLE = "UPG_JAX_NATIVE_KERNELS"

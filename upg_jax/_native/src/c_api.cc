@@ -17,7 +17,7 @@ struct Handler {
 constexpr Handler handlers[] = {
     {"upg_jax.sparse_dense.v2", upg_sparse_dense},
     {"upg_jax.dense_sparse.v2", upg_dense_sparse},
-    {"upg_jax.decode.v2", upg_decode},
+    {"upg_jax.decode.v3", upg_decode},
     {"upg_jax.attend.v1", upg_attend},
 };
 

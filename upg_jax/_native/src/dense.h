@@ -38,7 +38,7 @@ inline void decode_expanded_row(const Layer& layer, size_t row, float* out) {
 template <class Isa>
 void decode(const Layer& layer, float* out, Range rows) {
   for (size_t row = rows.begin; row < rows.end; ++row) {
-    float* const dense = out + row * layer.columns;
+    float* const dense = out + (row - rows.begin) * layer.columns;
     if (layer.index != Index::kDelta8 && !layer.primes) {
       decode_expanded_row<Isa>(layer, row, dense);
       continue;
@@ -84,6 +84,12 @@ void to_float(const void* x, Element element, float* out, size_t count) {
     return;
   }
   for (; i < count; ++i) out[i] = float_from_bfloat16(in[i]);
+}
+
+// Written for the compiler to vectorize.
+template <class Isa>
+void to_bfloat16(const float* x, std::uint16_t* out, size_t count) {
+  for (size_t i = 0; i < count; ++i) out[i] = bfloat16_from_float(x[i]);
 }
 
 }  // namespace

@@ -163,11 +163,12 @@ ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer ro
   const std::string problem =
       read_stack(scales, row_pointers, values, deltas, rest, static_cast<size_t>(dims[2]), encoding, stack);
   if (!problem.empty()) return failed(problem);
-  if (!has_shape(*out, ffi::F32, {stack.layers, stack.first.rows, stack.first.columns})) {
-    return failed("the dense result must be float32 (layers, rows, columns)");
+  const bool rounded = out->element_type() == ffi::BF16;
+  if (!has_shape(*out, rounded ? ffi::BF16 : ffi::F32, {stack.layers, stack.first.rows, stack.first.columns})) {
+    return failed("the dense result must be float32 or bfloat16 (layers, rows, columns)");
   }
   if (out->element_count() == 0) return ffi::Error::Success();
-  return execute(decode_plan(stack, out->typed_data<float>()), pool);
+  return execute(decode_plan(stack, out->untyped_data(), rounded ? Element::kBFloat16 : Element::kFloat32), pool);
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,

@@ -1,4 +1,4 @@
-// float16 and bfloat16 to float32, one number at a time.
+// float16 and bfloat16 to float32, and float32 to bfloat16, one number at a time.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,15 @@ static inline float float_from_bits(std::uint32_t bits) {
 }
 
 static inline float float_from_bfloat16(std::uint16_t h) { return float_from_bits(std::uint32_t{h} << 16); }
+
+// To the nearest, ties to even; NaN stays NaN.
+static inline std::uint16_t bfloat16_from_float(float x) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const std::uint32_t quiet = bits >> 16 | 0x40u;
+  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
 
 static inline float float_from_half(std::uint16_t h) {
   const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16;

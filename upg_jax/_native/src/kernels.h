@@ -67,11 +67,12 @@ struct Kernels {
   // The same for a slab of packed `g` into a packed slab of `y`, both `width` wide.
   void (*add_transposed)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
   void (*add_transposed_matrix)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
-  // The dense `rows` of `out`: float32(level) * scale.
+  // The dense `rows`, the first of them at `out`: float32(level) * scale.
   void (*decode)(const Layer&, float* out, Range rows);
   // The first row of [0, rows) whose last column is not below `columns`, or rows.
   size_t (*first_row_outside)(const Layer&);
   void (*to_float)(const void* x, Element, float* out, size_t count);
+  void (*to_bfloat16)(const float* x, std::uint16_t* out, size_t count);
   // The result (batch, heads, dim) of one query head: `item` counts them through the batch. 0 where it sees no key.
   void (*attend)(const Attention&, float* out, size_t item, Workspace&);
 };

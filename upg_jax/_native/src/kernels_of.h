@@ -26,6 +26,7 @@ constexpr Kernels kernels_of() {
       decode<Isa>,
       first_row_outside<Isa>,
       to_float<Isa>,
+      to_bfloat16<Isa>,
       attend<Isa>,
   };
 }

@@ -191,8 +191,8 @@ class TransposedPlan : public Plan {
 
 class DecodePlan : public Plan {
  public:
-  DecodePlan(const Stack& stack, float* out)
-      : stack_(stack), out_(out), rows_(stack.first.rows, kItemFloats / (stack.first.columns + 1)) {
+  DecodePlan(const Stack& stack, void* out, Element element)
+      : stack_(stack), out_(out), element_(element), rows_(stack.first.rows, kItemFloats / (stack.first.columns + 1)) {
     items_ = {stack.layers * rows_.pieces()};
     cost_ = static_cast<double>(stack.layers) * (0.4 * static_cast<double>(stack.first.capacity) +
                                                  0.3 * static_cast<double>(stack.first.rows * stack.first.columns));
@@ -201,12 +201,28 @@ class DecodePlan : public Plan {
   void run(size_t, size_t item) const override {
     const size_t index = item / rows_.pieces();
     const Layer layer = stack_.layer(index);
-    kernels().decode(layer, out_ + index * layer.rows * layer.columns, rows_.piece(item % rows_.pieces()));
+    const Range rows = rows_.piece(item % rows_.pieces());
+    const size_t first = (index * layer.rows + rows.begin) * layer.columns;
+    if (element_ == Element::kFloat32) {
+      kernels().decode(layer, static_cast<float*>(out_) + first, rows);
+    } else {
+      rounded(layer, static_cast<std::uint16_t*>(out_) + first, rows);
+    }
   }
 
  private:
+  // Row by row, so that float32 stays in a cache.
+  static void rounded(const Layer& layer, std::uint16_t* out, Range rows) {
+    const std::unique_ptr<float[]> dense(new float[layer.columns]);
+    for (size_t row = rows.begin; row < rows.end; ++row, out += layer.columns) {
+      kernels().decode(layer, dense.get(), {row, row + 1});
+      kernels().to_bfloat16(dense.get(), out, layer.columns);
+    }
+  }
+
   Stack stack_;
-  float* out_;
+  void* out_;
+  Element element_;
   Chunks rows_;
 };
 
@@ -264,7 +280,9 @@ std::unique_ptr<Plan> transposed_plan(const Stack& stack, const Vectors& g, floa
   return std::make_unique<TransposedPlan>(stack, g, y, scratch);
 }
 
-std::unique_ptr<Plan> decode_plan(const Stack& stack, float* out) { return std::make_unique<DecodePlan>(stack, out); }
+std::unique_ptr<Plan> decode_plan(const Stack& stack, void* out, Element element) {
+  return std::make_unique<DecodePlan>(stack, out, element);
+}
 
 std::unique_ptr<Plan> attention_plan(const Attention& attention, float* out) {
   return std::make_unique<AttentionPlan>(attention, out);

@@ -52,8 +52,8 @@ size_t transposed_scratch(const Stack&, size_t vectors);
 std::unique_ptr<Plan> product_plan(const Stack&, const Vectors& x, float* y, float* scratch);
 // y (groups, count, columns) = g @ W
 std::unique_ptr<Plan> transposed_plan(const Stack&, const Vectors& g, float* y, float* scratch);
-// Every layer of the stack to dense: out (layers, rows, columns)
-std::unique_ptr<Plan> decode_plan(const Stack&, float* out);
+// Every layer of the stack to dense: out (layers, rows, columns), float32 or bfloat16
+std::unique_ptr<Plan> decode_plan(const Stack&, void* out, Element);
 // out (batch, heads, dim)
 std::unique_ptr<Plan> attention_plan(const Attention&, float* out);
 
