@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from upg_jax._mdcsr import MdCSR, stack
     from upg_jax._pack import pack, unpack
     from upg_jax._partition import combine, partition
+    from upg_jax._sharded import ShardedMdCSR, shard
     from upg_jax._sparse_dense import sparse_dense, use_backend
     from upg_jax._trainable import TrainableMdCSR
     from upg_jax.inference import UPGModel
@@ -34,6 +35,7 @@ __all__ = [
     "FormatError",
     "MdCSR",
     "MissingDependencyError",
+    "ShardedMdCSR",
     "TrainableMdCSR",
     "UPGDecompressor",
     "UPGError",
@@ -43,6 +45,7 @@ __all__ = [
     "pack",
     "partition",
     "save",
+    "shard",
     "sparse_dense",
     "stack",
     "unpack",
@@ -63,6 +66,8 @@ _MODULE_OF = {
     "unpack": "upg_jax._pack",
     "combine": "upg_jax._partition",
     "partition": "upg_jax._partition",
+    "ShardedMdCSR": "upg_jax._sharded",
+    "shard": "upg_jax._sharded",
     "sparse_dense": "upg_jax._sparse_dense",
     "use_backend": "upg_jax._sparse_dense",
     "TrainableMdCSR": "upg_jax._trainable",

@@ -20,7 +20,10 @@ __all__ = [
     "ad",
     "batching",
     "explicit_sharding",
+    "manual_axes",
     "mlir",
+    "require_shard_map",
+    "reshard",
     "unify_varying",
     "varying_axes",
 ]
@@ -59,6 +62,24 @@ def explicit_sharding(x: Any) -> Any | None:
     if sharding is None or not getattr(sharding.mesh, "explicit_axes", ()):
         return None
     return sharding
+
+
+def require_shard_map(operation: str) -> None:
+    """Raises where `jax.shard_map` and what else sharded layers need is missing."""
+    if not hasattr(jax, "shard_map"):
+        raise NotImplementedError(
+            f"{operation}: needs jax.shard_map; jax {jax.__version__} is too old for it; install a newer jax"
+        )
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes that the code being traced runs once along each device of, under `jax.shard_map`."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def reshard(x: Any, sharding: Any) -> Any:
+    """`x` as an array of this type, if the sharding's mesh has explicit axes; else `x`."""
+    return jax.reshard(x, sharding) if sharding.mesh.explicit_axes else x
 
 
 class TraceContext:

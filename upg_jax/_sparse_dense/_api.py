@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,13 +11,17 @@ import numpy as np
 
 from upg_jax._compat import explicit_sharding
 from upg_jax._mdcsr import MdCSR
+from upg_jax._sharded import ShardedMdCSR
 from upg_jax._sparse_dense._backend import requested_backend
 from upg_jax._sparse_dense._primitive import bind, operands, sparse_dense_p
+from upg_jax._sparse_dense._sharded import is_local, leading_spec, mapped_product, product_of_block
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | None = None) -> jax.Array:
+def sparse_dense(
+    x: Any, layer: MdCSR | ShardedMdCSR, bias: Any | None = None, *, index: Any | None = None
+) -> jax.Array:
     """Multiplies by a compressed layer: `x @ W.T + bias`.
 
     Works under jit, vmap, grad (of `x`, `bias` and `layer.scales`, any order), scan and `shard_map`. Products are
@@ -24,7 +29,8 @@ def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | 
 
     Args:
         x: float32, bfloat16 or float16 `(..., in_features)`, any number of leading dimensions.
-        layer: the compressed matrix, or a stack of them with `index`.
+        layer: the compressed matrix, or a stack of them with `index`; or what `upg_jax.shard` made of it. Inside
+            `jax.shard_map` over that one's axis, `x`, `bias` and the result have the features of the device's block.
         bias: optional `(out_features,)` in `x`'s dtype or float32.
         index: which layer of a stack to use, read in place: an integer, a traced scalar, or an integer array
             whose shape is a prefix of `x`'s leading shape (a layer for each group of vectors). Negative values
@@ -39,6 +45,8 @@ def sparse_dense(x: Any, layer: MdCSR, bias: Any | None = None, *, index: Any | 
         IndexError: for a Python `index` outside the stack.
         BackendError: if the backend asked for cannot be used here.
     """
+    if isinstance(layer, ShardedMdCSR):
+        return _sharded_product(x, layer, bias, index)
     x, bias, index = check_operands(x, layer, bias, index)
     sharding = explicit_sharding(x)
     if sharding is None:
@@ -68,6 +76,16 @@ def _product(x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Arra
     layout, scales, planes = operands(layer)
     y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=requested_backend())
     return finish(y, x, bias)
+
+
+def _sharded_product(x: Any, layer: ShardedMdCSR, bias: Any | None, index: Any | None) -> jax.Array:
+    if is_local(layer):
+        x, bias, index = check_operands(x, layer.block, bias, index)
+        return finish(product_of_block(x, layer, index, backend=requested_backend()), x, bias)
+    # Planes of all blocks are no layer, but tell as much as the checks ask.
+    x, bias, index = check_operands(x, dataclasses.replace(layer.block, shape=layer.shape), bias, index)
+    lead = leading_spec(x, layer)
+    return finish(mapped_product(x, layer, index, lead=lead, backend=requested_backend()), x, bias)
 
 
 def finish(y: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
