@@ -11,7 +11,7 @@ import pytest
 from helpers.hf_llama import compressed_model, dense_model, repeated
 
 from upg_jax.models import forward, init_cache
-from upg_jax.models._attention import Scores, attend, attend_cached, window_lengths
+from upg_jax.models._attention import Scores, attend, attend_cached, attend_fresh, window_lengths
 from upg_jax.models._cache import positions_in, read, write
 
 
@@ -71,6 +71,18 @@ def test_attention_over_what_is_filled_equals_attention_over_all(layers, window,
     out, buffers = cached(q, *new, buffers, layers - 1, past, jnp.array([1]), 150, scores)
     exact = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), past[None], jnp.arange(length)[None], scores)
     np.testing.assert_allclose(out, exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 50, 200])
+def test_fresh_tokens_attend_in_blocks_as_all_at_once(window):
+    rng = np.random.default_rng(0)
+    tokens = 300  # two blocks and a part of one
+    q = jnp.asarray(rng.normal(size=(2, tokens, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, tokens, 2, 8)), jnp.float32) for _ in range(2))
+    positions = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+    scores = Scores(0.3, cap=2.0, window=window)
+    whole = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, scores)
+    np.testing.assert_allclose(attend_fresh(q, k, v, positions, scores), whole, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model", [dense_model, compressed_model])

@@ -166,6 +166,9 @@ def _load() -> Library | str:
         return f"the compiled kernels do not load: {error}"
     except AttributeError as error:  # a function that they lack
         return f"the compiled kernels are not of this version; reinstall upg_jax: {error}"
+    missing = {SPARSE_DENSE, DENSE_SPARSE, DECODE, ATTEND} - library.handlers.keys()
+    if missing:
+        return f"the compiled kernels are not of this version; reinstall upg_jax: they lack {min(missing)}"
     built, running = library.ffi_api, running_ffi_api()
     if running is None or built[0] != running[0] or built[1] > running[1]:
         jaxlib = importlib.metadata.version("jaxlib")

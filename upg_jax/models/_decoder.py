@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from upg_jax.models._attention import Scores, attend, attend_cached
+from upg_jax.models._attention import Scores, attend_cached, attend_fresh
 from upg_jax.models._cache import KVCache
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._embedding import look_up
@@ -136,7 +136,7 @@ def run_layers(
         q, k = (rotate(normed(name, y, layer), *angles[kind]) for name, y in (("q_norm", q), ("k_norm", k)))
         scores = Scores(config.attention_scale, config.attention_cap, config.kinds[kind].window)
         if cache is None:
-            out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, scores)
+            out = attend_fresh(q, k, v, positions, scores)
         else:
             at, index = _place(config, layer, kind, stacked)
             held = (kv[0][at], kv[1][at])

@@ -51,7 +51,15 @@ class Teacher:
 
     def logits(self, ids: jax.Array) -> jax.Array:
         """Logits, float32 `(batch, tokens, vocab)`, of integers `(batch, tokens)`."""
-        return _logits(self.params, self.config, ids)
+        return self.head(self.hidden(ids))
+
+    def hidden(self, ids: jax.Array) -> jax.Array:
+        """What the last layer leaves, `(batch, tokens, hidden)`, of integers `(batch, tokens)`."""
+        return _run(self.params["layers"], self.config, embed(self.params, self.config, ids))
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 `(..., vocab)`, of what the last layer leaves."""
+        return head(self.params, self.config, hidden)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +97,15 @@ class Student:
 
     def logits(self, ids: jax.Array) -> jax.Array:
         """Logits, float32 `(batch, tokens, vocab)`, of integers `(batch, tokens)`; differentiable."""
-        return _logits(self.params, self.config, ids)
+        return self.head(self.hidden(ids), self.params["norm"])
+
+    def hidden(self, ids: jax.Array) -> jax.Array:
+        """What the last layer leaves, `(batch, tokens, hidden)`, of integers `(batch, tokens)`; differentiable."""
+        return _run(self.params["layers"], self.config, embed(self.params, self.config, ids))
+
+    def head(self, hidden: jax.Array, norm: jax.Array) -> jax.Array:
+        """Logits, float32 `(..., vocab)`, of what the last layer leaves; `norm` is the last norm's weight."""
+        return head({**self.params, "norm": norm}, self.config, hidden)
 
     def trained(self) -> dict[str, Any]:
         """The leaves to train: a tree for `jax.grad` and optax."""
@@ -163,11 +179,6 @@ def _is_matrix(leaf: Any) -> bool:
 def _is_vectors(value: Any) -> bool:
     """Norms or biases of all layers; a router has one more axis, and is not trained."""
     return isinstance(value, jax.Array) and value.ndim == 2
-
-
-def _logits(params: Params, config: DecoderConfig, ids: jax.Array) -> jax.Array:
-    x = _run(params["layers"], config, embed(params, config, ids))
-    return head(params, config, x)
 
 
 def _run(layers: dict[str, Any], config: DecoderConfig, x: jax.Array) -> jax.Array:
