@@ -17,7 +17,7 @@ FROM python:3.12-slim-bookworm
 RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent upg
 COPY --from=build /opt/upg-jax /opt/upg-jax
 ENV PATH=/opt/upg-jax/bin:$PATH PYTHONUNBUFFERED=1
-USER upg
+USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

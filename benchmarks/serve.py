@@ -1,33 +1,36 @@
-"""A load test of the server on loopback, with SmolLM2-135M-Instruct.
+"""A load test of `upg-jax serve` on loopback, with SmolLM2-135M-Instruct.
 
     python -m benchmarks.serve --out rows.jsonl [--model DIRECTORY] [--minutes 2] [--clients 32]
 
 Three parts: the speed of one answer by `model.stream`, as `upg-jax generate` has it; tokens per second of eight clients
 at once; and many clients of mixed lengths and settings for some minutes, whose every answer is compared with the one
 that the same request got alone on the same server. Recorded are mismatches, slots that were not free at the end, and
-the process's memory along the way.
+the server's memory along the way. The server is a process of its own, as it is for its users.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
 import random
+import re
+import signal
+import socket
 import statistics
+import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from benchmarks._rows import Writer, environment
 from upg_jax import UPGModel, _native
 from upg_jax.cli._demo_model import demo_model
-from upg_jax.inference import Engine
-from upg_jax.serve import create_app
 
 TOPICS = ("lighthouses", "a recipe for bread", "the moons of Jupiter", "how tides work", "a cat and a clock")
 
@@ -62,8 +65,6 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], stream: bool) -> tu
     if not stream:
         reply = (await http.post("/v1/chat/completions", json=body)).raise_for_status().json()
         return reply["choices"][0]["message"]["content"], reply["usage"]["completion_tokens"]
-    import json
-
     text, tokens = "", 0
     options = {"stream": True, "stream_options": {"include_usage": True}}
     async with http.stream("POST", "/v1/chat/completions", json={**body, **options}) as response:
@@ -76,22 +77,19 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], stream: bool) -> tu
     return text, tokens
 
 
-async def eight_at_once(http: httpx.AsyncClient, tokens: int, rounds: int) -> list[float]:
-    """Tokens per second of eight clients, over and over."""
-    rates = []
-    for _ in range(rounds):
-        bodies = [
-            {"model": "m", "messages": [{"role": "user", "content": f"Write about {t}, {i}."}], "temperature": 0,
-             "max_tokens": tokens, "ignore_eos": True}
-            for i, t in enumerate((*TOPICS, *TOPICS[:3]))
-        ]  # fmt: skip
-        start = time.perf_counter()
-        answers = await asyncio.gather(*(ask(http, body, True) for body in bodies))
-        rates.append(sum(count for _, count in answers) / (time.perf_counter() - start))
-    return rates
+async def eight_at_once(http: httpx.AsyncClient, tokens: int) -> float:
+    """Tokens per second of eight clients, their prompts included."""
+    bodies = [
+        {"model": "m", "messages": [{"role": "user", "content": f"Write about {t}, {i}."}], "temperature": 0,
+         "max_tokens": tokens, "ignore_eos": True}
+        for i, t in enumerate((*TOPICS, *TOPICS[:3]))
+    ]  # fmt: skip
+    start = time.perf_counter()
+    answers = await asyncio.gather(*(ask(http, body, True) for body in bodies))
+    return sum(count for _, count in answers) / (time.perf_counter() - start)
 
 
-async def load(http: httpx.AsyncClient, clients: int, seconds: float) -> dict[str, Any]:
+async def load(http: httpx.AsyncClient, server: int, clients: int, seconds: float) -> dict[str, Any]:
     """Many clients; every answer is compared with the one that its request got alone."""
     wanted = requests(40)
     alone = [await ask(http, body, False) for body in wanted]
@@ -123,7 +121,7 @@ async def load(http: httpx.AsyncClient, clients: int, seconds: float) -> dict[st
 
     async def watch() -> None:
         while time.monotonic() < end:
-            found["memory"].append(resident())
+            found["memory"].append(resident(server))
             await asyncio.sleep(5)
 
     start = time.monotonic()
@@ -132,19 +130,80 @@ async def load(http: httpx.AsyncClient, clients: int, seconds: float) -> dict[st
     return found
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident(process: int) -> int:
+    """Bytes of a process in memory."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096
 
 
-def single(model: UPGModel, tokens: int, rounds: int) -> list[float]:
-    """Tokens per second of one answer after its first token."""
+async def slots_used(http: httpx.AsyncClient) -> int:
+    """Slots that are not free, after a moment for those that just ended."""
+    deadline = time.monotonic() + 5
+    while True:
+        page = (await http.get("/metrics")).text
+        found = re.search(r"^upg_jax_slots_used (\d+)$", page, re.MULTILINE)
+        assert found is not None
+        if found[1] == "0" or time.monotonic() > deadline:
+            return int(found[1])
+        await asyncio.sleep(0.05)
+
+
+def single(model: UPGModel, tokens: int) -> tuple[float, float]:
+    """Tokens per second of one answer: after its first, as `upg-jax generate` prints them, and with its prompt."""
     ids = model.tokenizer.encode_chat([{"role": "user", "content": f"Write about {TOPICS[0]}."}])
-    rates = []
-    for _ in range(rounds + 1):
-        times = [time.perf_counter() for _ in model.stream(ids, max_new_tokens=tokens, stop_at_eos=False)]
-        rates.append((tokens - 1) / (times[tokens - 1] - times[0]))
-    return rates[1:]
+    start = time.perf_counter()
+    times = [time.perf_counter() for _ in model.stream(ids, max_new_tokens=tokens, stop_at_eos=False)]
+    return (tokens - 1) / (times[tokens - 1] - times[0]), tokens / (times[tokens - 1] - start)
+
+
+@contextlib.contextmanager
+def serving(model: Path) -> Iterator[tuple[int, str]]:
+    """Runs `upg-jax serve`; yields its process and its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--name", "m", "--slots", "8", "--context", "1024", "--max-waiting", "64", "--port", str(port)]
+    command = [sys.executable, "-m", "upg_jax.cli", "serve", str(model), *options]
+    with subprocess.Popen(command) as process:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                time.sleep(0.1)
+            if process.returncode is not None:
+                raise SystemExit(f"the server ended with {process.returncode}")
+            yield process.pid, url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+async def measure(model: UPGModel, server: int, url: str, writer: Writer, wanted: argparse.Namespace) -> None:
+    """Writes a row about speed and a row about load."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        single(model, wanted.tokens)
+        await eight_at_once(http, 8)
+        ones, eights = [], []
+        for _ in range(wanted.rounds):  # in turns, because the machine's speed changes
+            ones.append(single(model, wanted.tokens))
+            eights.append(await eight_at_once(http, wanted.tokens))
+        about = {"bytes": model.nbytes, "bits per weight": model.bits_per_weight, "index": model.index_bytes}
+        row: dict[str, Any] = {"topic": "serve", "case": "speed", "model": about, "tokens": wanted.tokens}
+        for i, name in enumerate(("one", "one with its prompt")):
+            row[name] = [one[i] for one in ones]
+            row[f"ratio to {name}"] = statistics.median(
+                many / one[i] for one, many in zip(ones, eights, strict=True)
+            )
+        row["eight"] = eights
+        writer.write(row)
+        print(row, file=sys.stderr)
+        if not wanted.minutes:
+            return
+        found = await load(http, server, wanted.clients, 60 * wanted.minutes)
+        row = {"topic": "serve", "case": "load", "clients": wanted.clients, "slots": await slots_used(http)}
+        writer.write(row | found)
+        print(row | found, file=sys.stderr)
 
 
 def main() -> None:
@@ -153,57 +212,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     parser.add_argument("--model", type=Path, help="default: the demo's model, dense")
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of load; 0 measures speed only")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96, help="of the answers whose speed is measured")
     parser.add_argument("--rounds", type=int, default=4)
-    arguments = parser.parse_args()
-    model = UPGModel.from_file(arguments.model or demo_model())
-    engine = Engine(model, slots=8, context=1024, max_waiting=64)
-    engine.warm_up()
-    config = uvicorn.Config(create_app(engine, name="m"), port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()
+    wanted = parser.parse_args()
+    path = wanted.model or demo_model()
     library = _native.load()
-    writer = Writer(arguments.out)
+    writer = Writer(wanted.out)
     writer.write(environment(kernels=library.kernels if library else "none", llama=None))
-
-    async def measure() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=600, limits=limits) as http:
-            # In turns, because the machine's speed changes.
-            single(model, arguments.tokens, 1)
-            await eight_at_once(http, 8, 1)
-            ones, eights = [], []
-            for _ in range(arguments.rounds):
-                ones += single(model, arguments.tokens, 1)[-1:]
-                eights += await eight_at_once(http, arguments.tokens, 1)
-            ratio = statistics.median(b / a for a, b in zip(ones, eights, strict=True))
-            row = {"topic": "serve", "case": "speed", "one": ones, "eight": eights, "ratio": ratio}
-            print(row, file=sys.stderr)
-            writer.write(row)
-            found = await load(http, arguments.clients, 60 * arguments.minutes)
-        deadline = time.monotonic() + 5
-        while engine.running and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        row = {
-            "topic": "serve",
-            "case": "load",
-            "clients": arguments.clients,
-            "leaked slots": engine.running,
-            **found,
-        }
-        print(row, file=sys.stderr)
-        writer.write(row)
-
-    asyncio.run(measure())
-    server.should_exit = True
-    thread.join()
-    engine.close()
+    model = UPGModel.from_file(path)
+    with serving(path) as (process, url):
+        asyncio.run(measure(model, process, url, writer, wanted))
 
 
 if __name__ == "__main__":

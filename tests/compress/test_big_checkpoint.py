@@ -1,11 +1,14 @@
-"""A checkpoint of Phi-4's real shapes, compressed in little memory. Needs 6 GB of disk and some minutes."""
+"""A checkpoint of Phi-4's real shapes, compressed in little memory and killed on the way. Needs 10 GB of disk."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 
 import upg_jax
-from upg_jax import UPGDecompressor
+from upg_jax import UPGDecompressor, UPGModel
 from upg_jax.models import parse_config, weights
 
 pytestmark = [
@@ -91,24 +94,69 @@ def peak_of(process: subprocess.Popen[bytes]) -> int:
     return peak
 
 
-def test_memory_stays_below_four_gigabytes(tmp_path):
-    source = write_checkpoint(tmp_path / "source")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("phi4")
+    yield write_checkpoint(directory / "source")
+    shutil.rmtree(directory)
+
+
+def start(source: Path, destination: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`upg-jax compress`, which says on `log` what goes wrong."""
     command = [
         sys.executable,
         "-m",
         "upg_jax.cli",
         "compress",
         str(source),
-        str(tmp_path / "out"),
+        str(destination),
         "--density",
         "0.5",
     ]
     environment = os.environ | {"PYTHONPATH": str(Path(upg_jax.__file__).parents[1])}
-    log = tmp_path / "log"
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process:
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+
+def digest(directory: Path) -> str:
+    with (directory / "model.safetensors").open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def test_memory_stays_below_four_gigabytes_and_a_killed_run_ends_with_the_same_bytes(tmp_path, source):
+    log, began = tmp_path / "log", time.monotonic()
+    with start(source, tmp_path / "undisturbed", log) as process:
         peak = peak_of(process)
+    seconds = time.monotonic() - began
     assert process.returncode == 0, log.read_text()
     assert peak < 4 * GB
-    with UPGDecompressor.from_safetensors(tmp_path / "out") as file:
+    with UPGDecompressor.from_safetensors(tmp_path / "undisturbed") as file:
         assert file.info("model.layers.1.mlp.gate_up_proj.weight").shape == (35840, 5120)
-    shutil.rmtree(tmp_path)
+    expected = digest(tmp_path / "undisturbed")
+    shutil.rmtree(tmp_path / "undisturbed")
+
+    out, partial, parts = tmp_path / "out", tmp_path / "out.partial", []
+    points = random.Random(0)
+    for _ in range(4):
+        with start(source, out, log) as process:
+            try:
+                process.wait(points.uniform(0.1, 0.4) * seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, log.read_text()
+        # Neither the destination nor what lies beside it passes for a model.
+        assert not out.exists()
+        with pytest.raises(upg_jax.UPGError):
+            UPGModel.from_file(partial)
+        parts.append(len(list(partial.glob("parts/*.safetensors"))))
+    else:
+        with start(source, out, log) as process:
+            process.wait()
+        assert process.returncode == 0, log.read_text()
+    assert parts == sorted(parts)  # no run undid what one before it had done
+    assert parts[-1] > 0
+    assert digest(out) == expected
+    assert not partial.exists()
+    print(f"\nundisturbed: {seconds:.0f} s, {peak / GB:.2f} GB; killed with so many tensors done: {parts}")

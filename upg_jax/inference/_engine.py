@@ -230,14 +230,22 @@ class Engine:
                 request.deliver(error)
 
     def _take_in(self) -> None:
-        """Frees rows, and computes a chunk of the prompt that waits longest if one is free for it."""
+        """Frees rows, and takes in prompts that wait as long as rows are free, a chunk's worth of tokens in all."""
         for row, ended in enumerate(self._rows):
             if ended is not None and ended.state == "ended":
                 self._slots, self._rows[row] = self._slots.release(row), None
-        with self._wake:
-            request = self._waiting[0] if self._waiting and None in self._rows else None
-        if request is None or not self._prompt.advance(request.prompt):
-            return
+        left = self._chunk
+        while left > 0:
+            with self._wake:
+                request = self._waiting[0] if self._waiting and None in self._rows else None
+            if request is None:
+                return
+            left -= self._prompt.advance(request.prompt)
+            if self._prompt.complete:
+                self._admit(request)
+
+    def _admit(self, request: Request) -> None:
+        """Gives a request whose prompt is computed a free row."""
         with self._wake:
             if request.state != "waiting":
                 return  # cancelled meanwhile

@@ -33,19 +33,25 @@ class PromptCache:
         self._taken = 0
         self._left: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque()
 
-    def advance(self, ids: list[int]) -> bool:
-        """Computes the next chunk; returns whether none is left."""
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of the prompt is left to compute."""
+        return not self._left
+
+    def advance(self, ids: list[int]) -> int:
+        """Computes the next chunk of a prompt, if one is left; returns how many tokens that took."""
         if ids != self._ids:
             self._taken = self._kept(ids)
             self._ids = ids
             self._left = collections.deque(chunks([ids[self._taken :]], self._chunk))
             self.cache = dataclasses.replace(self.cache, lengths=jnp.full(1, self._taken, jnp.int32))
-        if self._left:
-            params, config = self._model.params, self._model.config
-            piece, counts = self._left.popleft()
-            self.logits, self.cache = prefill(params, config, piece, counts, self.cache, self.logits)
-            self._taken += int(counts[0])
-        return not self._left
+        if not self._left:
+            return 0
+        params, config = self._model.params, self._model.config
+        piece, counts = self._left.popleft()
+        self.logits, self.cache = prefill(params, config, piece, counts, self.cache, self.logits)
+        self._taken += int(counts[0])
+        return piece.shape[1]
 
     def _kept(self, ids: list[int]) -> int:
         """How many tokens need not be computed again: whole chunks, so that results are the same bits as without."""

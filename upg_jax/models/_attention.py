@@ -147,7 +147,8 @@ def attend_cached(
     if overwrites:
         # Some of what the new tokens overwrite is still seen by the first of them.
         out = _attend_filled((k, v), q, *buffers, index, positions, past, scores=scores)
-        out, buffers = lax.optimization_barrier((out, buffers))
+        # XLA would copy the buffers of all layers for what reads them in no known order. It does not know this to be 0.
+        targets = targets + (jnp.max(jnp.abs(out)) < 0).astype(jnp.int32)
     buffers = (write(buffers[0], index, k, targets), write(buffers[1], index, v, targets))
     if not overwrites:
         out = _attend_stored(q, *buffers, index, positions, full, scores)

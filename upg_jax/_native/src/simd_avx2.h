@@ -16,6 +16,12 @@ struct Avx2 {
   using Eight = __m256;
   static Eight zero() { return _mm256_setzero_ps(); }
   static Eight load(const float* p) { return _mm256_loadu_ps(p); }
+  // A load that the compiler does not repeat at each use.
+  static Eight load_once(const float* p) {
+    Eight v = load(p);
+    asm("" : "+x"(v));
+    return v;
+  }
   static void store(float* p, Eight v) { _mm256_storeu_ps(p, v); }
   static Eight multiply(Eight a, Eight b) { return _mm256_mul_ps(a, b); }
   static Eight multiply_add(Eight a, Eight b, Eight c) { return _mm256_fmadd_ps(a, b, c); }
@@ -88,6 +94,7 @@ struct Avx2 {
 
   using Run = Avx2;
   static constexpr size_t kRun = 8;
+  static constexpr size_t kRowsTogether = 2;
 
   using Wide = __m256;
   static constexpr size_t kLanes = 8;

@@ -11,6 +11,12 @@ struct Sixteen {
   using Eight = __m512;
   static Eight zero() { return _mm512_setzero_ps(); }
   static Eight load(const float* p) { return _mm512_loadu_ps(p); }
+  // A load that the compiler does not repeat at each use.
+  static Eight load_once(const float* p) {
+    Eight v = load(p);
+    asm("" : "+v"(v));
+    return v;
+  }
   static void store(float* p, Eight v) { _mm512_storeu_ps(p, v); }
   static Eight multiply(Eight a, Eight b) { return _mm512_mul_ps(a, b); }
   static Eight multiply_add(Eight a, Eight b, Eight c) { return _mm512_fmadd_ps(a, b, c); }
@@ -27,6 +33,7 @@ struct Avx512 : Avx2 {
 
   using Run = Sixteen;
   static constexpr size_t kRun = 16;
+  static constexpr size_t kRowsTogether = 4;
 
   // The columns of bits, the first of which stands for `first`; writes whole groups of eight.
   static size_t columns_of_bits(std::uint64_t bits, size_t first, std::uint32_t* columns) {

@@ -18,6 +18,7 @@ struct Neon {
   };
   static Eight zero() { return broadcast(0); }
   static Eight load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+  static Eight load_once(const float* p) { return load(p); }
   static void store(float* p, Eight v) {
     vst1q_f32(p, v.low);
     vst1q_f32(p + 4, v.high);
@@ -84,6 +85,7 @@ struct Neon {
 
   using Run = Neon;
   static constexpr size_t kRun = 8;
+  static constexpr size_t kRowsTogether = 2;
 
   using Wide = float32x4_t;
   static constexpr size_t kLanes = 4;

@@ -25,6 +25,7 @@ struct Portable {
     for (int i = 0; i < 8; ++i) v.lane[i] = p[i];
     return v;
   }
+  static Eight load_once(const float* p) { return load(p); }
   static void store(float* p, Eight v) {
     for (int i = 0; i < 8; ++i) p[i] = v.lane[i];
   }
@@ -97,6 +98,7 @@ struct Portable {
   // Eight or more floats, with the operations of `Eight`: the kernels that read whole rows take so many at a time.
   using Run = Portable;
   static constexpr size_t kRun = 8;
+  static constexpr size_t kRowsTogether = 1;
 
   // GCC's and Clang's vectors: their loops over arrays as long as a register do not all become vector code.
   using Wide = float __attribute__((vector_size(16)));
