@@ -14,7 +14,7 @@ RUN python -m venv /opt/upg-jax \
     && /opt/upg-jax/bin/pip install --no-cache-dir ".[${EXTRAS}]"
 
 FROM python:3.12-slim-bookworm
-RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent upg
+RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin upg
 COPY --from=build /opt/upg-jax /opt/upg-jax
 ENV PATH=/opt/upg-jax/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001

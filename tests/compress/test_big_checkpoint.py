@@ -24,6 +24,7 @@ from upg_jax.models import parse_config, weights
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc"),
 ]
 LAYERS = 2
