@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import MdCSR
@@ -41,8 +42,12 @@ class OpenModel:
     generation: dict[str, Any]
 
 
-def open_model(path: str | os.PathLike[str]) -> OpenModel:
+def open_model(path: str | os.PathLike[str], *, device: bool = True) -> OpenModel:
     """Opens a UPG model (file or directory), a Hugging Face directory or a GGUF file.
+
+    Args:
+        path: of the model.
+        device: False leaves a UPG model's tensors views of the file.
 
     Raises:
         CheckpointError: if it is none of them, or lacks something.
@@ -58,7 +63,7 @@ def open_model(path: str | os.PathLike[str]) -> OpenModel:
             "UPGDecompressor, or compress a whole checkpoint with `upg-jax compress`"
         )
     directory = path if path.is_dir() else path.parent
-    return OpenModel(file.model, _UPGSource(path, file), *_beside(directory))
+    return OpenModel(file.model, _UPGSource(path, file, device), *_beside(directory))
 
 
 def _is_upg(path: Path) -> bool:
@@ -109,27 +114,28 @@ class _CheckpointSource:
 
 
 class _UPGSource:
-    """A UPG file: planes are views of the file wherever the device allows it."""
+    """A UPG file: planes are views of the file wherever the device allows it, or as NumPy arrays."""
 
-    def __init__(self, path: Path, file: UPGDecompressor) -> None:
+    def __init__(self, path: Path, file: UPGDecompressor, device: bool) -> None:
         self._file = file
+        self._device = device
         self.where = str(path)
         self.names = file.names
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.info(name).shape
 
-    def read(self, name: str) -> MdCSR | jax.Array:
+    def read(self, name: str) -> MdCSR | jax.Array | np.ndarray:
         if self._file.info(name).kind == "dense":
-            return self._file.get_array(name)  # type: ignore[return-value]  # NumPy only with device=False
-        return self._file.get_layer(name)
+            return self._file.get_array(name, device=self._device)
+        return self._file.get_layer(name, device=self._device)
 
     def read_all(self, names: Sequence[str]) -> MdCSR | tuple[Any, ...]:
         infos = [self._file.info(name) for name in names]
         if all(info.kind == "mdcsr" for info in infos):
             layers = [self._file.get_layer(name, device=False) for name in names]
             if can_stack(layers, [layer.capacity for layer in layers]):
-                return self._file.get_stack(names)
+                return self._file.get_stack(names, device=self._device)
         return tuple(self.read(name) for name in names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
@@ -11,8 +12,10 @@ from typing import Any, TypeAlias, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from upg_jax._mdcsr import MdCSR
+from upg_jax._sharded import ShardedMdCSR
 from upg_jax.inference._answer import Generation, StreamedToken
 from upg_jax.inference._generate import generate, stream
 from upg_jax.inference._load import eos_token_ids, open_model
@@ -29,6 +32,9 @@ from upg_jax.models import (
     load,
     pack_params,
     parse_config,
+    placement,
+    shard_params,
+    sharded_cache,
 )
 
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray
@@ -36,6 +42,7 @@ Prompt: TypeAlias = str | Sequence[int] | np.ndarray
 
 _DTYPES = ("float32", "bfloat16")
 _PACK_BYTES = 10**9
+_COMPRESSED = (MdCSR, ShardedMdCSR)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +68,13 @@ class UPGModel:
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str], dtype: Any | None = None, *, pack: bool | None = None
+        cls,
+        path: str | os.PathLike[str],
+        dtype: Any | None = None,
+        *,
+        pack: bool | None = None,
+        mesh: Mesh | None = None,
+        axis: str = "model",
     ) -> UPGModel:
         """Opens a model.
 
@@ -74,35 +87,38 @@ class UPGModel:
             path: a UPG file or directory (what `upg-jax compress` makes), a Hugging Face directory or a GGUF file.
             dtype: of the activations and of dense weights, `"float32"` (the default) or `"bfloat16"`.
             pack: pack, or use as it lies, whatever the size. By default up to a gigabyte of planes is packed.
+            mesh: devices to share the model among (docs/sharding.md). Each block of a matrix goes from the file to its
+                device; all projections must be compressed.
+            axis: name of the mesh axis that heads and inner features are cut over. Along the others the model is
+                replicated, and a batch is shared out where it divides.
 
         Raises:
             CheckpointError: for an architecture or a setting that is not supported, or a tensor that is missing,
                 not part of the model, or of a wrong shape; the message names it.
             FormatError: for a UPG file that is broken.
-            ValueError: for another dtype.
+            ValueError: for another dtype, or an axis that the mesh does not have.
         """
         dtype = jnp.dtype("float32" if dtype is None else dtype)
         if dtype.name not in _DTYPES:
             raise ValueError(
                 f"UPGModel.from_file: dtype must be one of {', '.join(_DTYPES)}; got {dtype.name}"
             )
-        opened = open_model(path)
+        opened = open_model(path, device=mesh is None)
         config = parse_config(opened.config)
-        model = cls(
-            params=load(config, opened.source, dtype),
+        with contextlib.nullcontext() if mesh is None else _on_the_host():
+            params = load(config, opened.source, dtype)
+            if jax.default_backend() in ("gpu", "cuda"):
+                for name in params.keys() & {"embed_tokens", "lm_head"}:
+                    params[name] = decoded_rows(params[name], dtype)
+            if sum(_index_bytes(params).values()) <= _PACK_BYTES if pack is None else pack:
+                params = pack_params(params)
+        return cls(
+            params=params if mesh is None else shard_params(params, config, mesh, axis),
             config=config,
             tokenizer=opened.tokenizer,
             eos_token_ids=eos_token_ids(opened),
             name=os.fspath(path),
         )
-        if jax.default_backend() in ("gpu", "cuda"):
-            params = dict(model.params)
-            for name in params.keys() & {"embed_tokens", "lm_head"}:
-                params[name] = decoded_rows(params[name], dtype)
-            model = dataclasses.replace(model, params=params)
-        if sum(model.index_bytes.values()) <= _PACK_BYTES if pack is None else pack:
-            return dataclasses.replace(model, params=pack_params(model.params))
-        return model
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -111,9 +127,11 @@ class UPGModel:
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Returns an empty cache for `batch` sequences of up to `capacity` tokens each."""
-        return init_cache(
-            self.config, batch, capacity, dtype=self.dtype, stacked=is_stacked(self.params["layers"])
-        )
+        layers = self.params["layers"]
+        where, stacked = placement(layers), is_stacked(layers)
+        if where is None:
+            return init_cache(self.config, batch, capacity, dtype=self.dtype, stacked=stacked)
+        return sharded_cache(where, self.config, batch, capacity, dtype=self.dtype, stacked=stacked)
 
     def forward(self, ids: Any, cache: KVCache | None = None) -> tuple[jax.Array, KVCache]:
         """Computes logits for new tokens. Compiled; nothing is donated, so every argument stays usable.
@@ -246,11 +264,7 @@ class UPGModel:
     @property
     def index_bytes(self) -> dict[str, int]:
         """Bytes of compressed matrices by their `index` (docs/format.md), the largest share first."""
-        found: Counter[str] = Counter()
-        for leaf in _weights(self.params):
-            if isinstance(leaf, MdCSR):
-                found[leaf.index] += leaf.nbytes
-        return dict(found.most_common())
+        return _index_bytes(self.params)
 
     @property
     def bits_per_weight(self) -> float:
@@ -260,7 +274,7 @@ class UPGModel:
     def __repr__(self) -> str:
         what = f"{self.name}: {self.config.architecture}, {self.config.num_layers} layers"
         try:
-            compressed = [leaf for leaf in _weights(self.params) if isinstance(leaf, MdCSR)]
+            compressed = [leaf for leaf in _weights(self.params) if isinstance(leaf, _COMPRESSED)]
             size = f"{self.num_weights:,} weights, {self.bits_per_weight:.2f} bits per weight"
             if compressed:
                 share = sum(map(_num_weights, compressed))
@@ -286,11 +300,25 @@ def _is_single(prompt: Any) -> bool:
     return len(prompt) > 0 and all(isinstance(token, (int, np.integer)) for token in prompt)
 
 
+def _on_the_host() -> contextlib.AbstractContextManager[Any]:
+    """Keeps what is made in a `with` block off the accelerators, if JAX may use the processor beside them."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
 def _weights(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, MdCSR))
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _COMPRESSED))
+
+
+def _index_bytes(params: Params) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for leaf in _weights(params):
+        if isinstance(leaf, _COMPRESSED):
+            found[leaf.index] += leaf.nbytes
+    return dict(found.most_common())
 
 
 def _num_weights(leaf: Any) -> int:
-    if isinstance(leaf, MdCSR):
-        return (leaf.stack_size or 1) * leaf.out_features * leaf.in_features
-    return leaf.size
+    return leaf.num_weights if isinstance(leaf, _COMPRESSED) else leaf.size

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from upg_jax.inference._logprobs import Chosen, recorded
 from upg_jax.inference._penalties import History, penalized
 from upg_jax.inference._sampling import Sampling, sample
-from upg_jax.models import DecoderConfig, KVCache, Params, forward
+from upg_jax.models import DecoderConfig, KVCache, Params, forward, replicated
 
 CHUNK = 512
 _SMALLEST_CHUNK = 16
@@ -66,7 +66,7 @@ def prefill(
     """
     new, filled = forward(params, config, ids, cache, counts=counts, last_only=True)
     assert filled is not None
-    return jnp.where(counts[:, None] > 0, new, logits), filled
+    return replicated(jnp.where(counts[:, None] > 0, new, logits), params["layers"]), filled
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -9,6 +9,7 @@ from upg_jax.models._embedding import decoded_rows
 from upg_jax.models._families import load, parse_config, weights
 from upg_jax.models._linear import Linear, Linears, is_stacked
 from upg_jax.models._packing import pack_params
+from upg_jax.models._tensor_parallel import placement, replicated, shard_params, sharded_cache
 from upg_jax.models._weights import Weight, WeightSource, can_stack, stack_layers
 
 __all__ = [
@@ -29,7 +30,11 @@ __all__ = [
     "load",
     "pack_params",
     "parse_config",
+    "placement",
+    "replicated",
     "run_layers",
+    "shard_params",
+    "sharded_cache",
     "stack_layers",
     "weights",
 ]

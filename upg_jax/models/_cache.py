@@ -51,7 +51,16 @@ class KVCache:
 jax.tree_util.register_dataclass(KVCache, data_fields=["keys", "values", "lengths"], meta_fields=["capacity"])
 
 
-def init_cache(config: DecoderConfig, batch: int, capacity: int, *, dtype: Any, stacked: bool) -> KVCache:
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    capacity: int,
+    *,
+    dtype: Any,
+    stacked: bool,
+    rows: jax.sharding.Sharding | None = None,
+    buffers: jax.sharding.Sharding | None = None,
+) -> KVCache:
     """Returns an empty cache.
 
     Args:
@@ -61,20 +70,22 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, *, dtype: Any, 
         dtype: of keys and values; the activations' dtype.
         stacked: one array for all layers of a kind, for models whose layers run as a loop. Where they are unrolled, an
             array for each compiles in two thirds of the time and runs the same.
+        rows: where the lengths are; the default device if not given.
+        buffers: where keys and values are.
     """
 
     def buffer(layers: int, kind: int) -> jax.Array:
         window = config.kinds[kind].window
         length = capacity if window is None else min(window, capacity)
-        return jnp.zeros((layers, batch, config.num_kv_heads, length, config.head_dim), dtype)
+        return jnp.zeros((layers, batch, config.num_kv_heads, length, config.head_dim), dtype, device=buffers)
 
-    def buffers() -> tuple[jax.Array, ...]:
+    def of_layers() -> tuple[jax.Array, ...]:
         if stacked:
             return tuple(buffer(config.layers.count(kind), kind) for kind in range(len(config.kinds)))
         return tuple(buffer(1, kind) for kind in config.layers)
 
-    lengths = jnp.zeros(batch, jnp.int32)
-    return KVCache(keys=buffers(), values=buffers(), lengths=lengths, capacity=capacity)
+    lengths = jnp.zeros(batch, jnp.int32, device=rows)
+    return KVCache(keys=of_layers(), values=of_layers(), lengths=lengths, capacity=capacity)
 
 
 def write(buffer: jax.Array, index: Any, new: jax.Array, targets: jax.Array) -> jax.Array:

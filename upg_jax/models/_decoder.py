@@ -18,7 +18,9 @@ from upg_jax.models._config import DecoderConfig
 from upg_jax.models._embedding import look_up
 from upg_jax.models._experts import route
 from upg_jax.models._linear import for_each_layer, is_stacked, linear, project, project_together
+from upg_jax.models._names import ATTENTION_INPUTS, MLP_INPUTS
 from upg_jax.models._rope import rotate
+from upg_jax.models._tensor_parallel import placement, replicated, run_on_devices
 
 Params: TypeAlias = dict[str, Any]
 """`embed_tokens (vocab, hidden)`, an array or an `MdCSR` of index `"dense"`; `norm (hidden,)`; `lm_head` (a `Linear`,
@@ -31,9 +33,6 @@ absent if tied); and `layers`:
   `attention_post_norm` and `mlp_post_norm` of the outputs, `q_norm` and `k_norm (layers, head_dim)`.
 * for a mixture of experts `router (layers, experts, hidden)`, and the MLP's projections as `experts.NAME`, those of all
   experts of the first layer before those of the second."""
-
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-MLP_INPUTS = ("gate_proj", "up_proj")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -74,6 +73,9 @@ def forward(
         counts = jnp.full(ids.shape[0], ids.shape[1], jnp.int32) if counts is None else counts
         x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     logits = head(params, config, x)
+    if kv is not None:
+        kv = dataclasses.replace(kv, lengths=replicated(kv.lengths, params["layers"]))
+    logits = replicated(logits, params["layers"])
     return (logits[:, 0] if last_only else logits), kv
 
 
@@ -100,7 +102,7 @@ def run_layers(
     *,
     counts: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Takes the residual stream through the decoder's layers.
+    """Takes the residual stream through the decoder's layers, on all devices that they are sharded over.
 
     Args:
         layers: the `layers` of `Params`.
@@ -112,9 +114,18 @@ def run_layers(
     Returns:
         The stream after the layers, and the cache with the new tokens, None without one.
     """
-    batch, tokens, _ = x.shape
     if counts is None:
-        counts = jnp.full(batch, tokens, jnp.int32)
+        counts = jnp.full(x.shape[0], x.shape[1], jnp.int32)
+    if (where := placement(layers)) is not None:
+        return run_on_devices(_run_layers, where, layers, config, x, cache, counts)
+    return _run_layers(layers, config, x, cache, counts)
+
+
+def _run_layers(
+    layers: Any, config: DecoderConfig, x: jax.Array, cache: KVCache | None, counts: jax.Array
+) -> tuple[jax.Array, KVCache | None]:
+    """`run_layers` on one device: of its heads and inner features, if there are more."""
+    batch, tokens, _ = x.shape
     chex.assert_shape(counts, (batch,))
     past = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
     chex.assert_shape(past, (batch,))

@@ -14,9 +14,8 @@ from jax import lax
 
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._linear import linear, project, project_together
+from upg_jax.models._names import EXPERT_INPUTS, EXPERT_OUTPUT
 
-EXPERT_INPUTS = ("experts.gate_proj", "experts.up_proj")
-EXPERT_OUTPUT = "experts.down_proj"
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 _LARGEST_BLOCK = 64

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from upg_jax.models._config import DecoderConfig, LayerKind
-from upg_jax.models._decoder import ATTENTION_INPUTS, MLP_INPUTS
 from upg_jax.models._linear import joined
+from upg_jax.models._names import ATTENTION_INPUTS, MLP_INPUTS
 from upg_jax.models._reader import ConfigReader
 from upg_jax.models._weights import Weight
 

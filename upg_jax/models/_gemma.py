@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from upg_jax.models._config import DecoderConfig, LayerKind
-from upg_jax.models._decoder import ATTENTION_INPUTS
 from upg_jax.models._family import (
     Family,
     attention_weights,
@@ -22,6 +21,7 @@ from upg_jax.models._family import (
     norm_weights,
     outer_weights,
 )
+from upg_jax.models._names import ATTENTION_INPUTS
 from upg_jax.models._reader import ConfigReader
 from upg_jax.models._weights import Weight
 

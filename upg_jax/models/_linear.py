@@ -12,13 +12,14 @@ import numpy as np
 from jax import lax
 
 from upg_jax._mdcsr import MdCSR
+from upg_jax._sharded import ShardedMdCSR
 from upg_jax._sparse_dense import sparse_dense, sparse_dense_many
 
-Linear: TypeAlias = jax.Array | MdCSR | Callable[[jax.Array, jax.Array | None], jax.Array]
+Linear: TypeAlias = jax.Array | MdCSR | ShardedMdCSR | Callable[[jax.Array, jax.Array | None], jax.Array]
 """A weight matrix `(out_features, in_features)`, dense or compressed, or what stands for one: a function of input and
 bias."""
 
-Linears: TypeAlias = MdCSR | tuple[Linear, ...]
+Linears: TypeAlias = MdCSR | ShardedMdCSR | tuple[Linear, ...]
 """One projection of all layers, or of all their experts: a stack that is read in place, or a matrix for each."""
 
 Carry = TypeVar("Carry")
@@ -28,7 +29,7 @@ def linear(x: jax.Array, weight: Linear, bias: jax.Array | None = None) -> jax.A
     """`x (..., in) @ weight.T + bias` in `x`'s dtype, accumulated in float32."""
     if callable(weight):
         return weight(x, bias)
-    if isinstance(weight, MdCSR):
+    if isinstance(weight, (MdCSR, ShardedMdCSR)):
         return sparse_dense(x, weight, bias)
     y = _dense_product(x, weight)
     if bias is not None:
@@ -59,7 +60,7 @@ def project(x: jax.Array, layers: Mapping[str, Any], name: str, index: Any) -> j
             `(groups, ..., in)`.
     """
     weight = layers[name]
-    if isinstance(weight, MdCSR):
+    if isinstance(weight, (MdCSR, ShardedMdCSR)):
         return sparse_dense(x, weight, _bias(layers, name, index), index=index)
     if isinstance(index, int):
         return linear(x, weight[index], _bias(layers, name, index))

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from upg_jax import _native
+from upg_jax._compat import unify_varying
 from upg_jax._sparse_dense._backend import requested_backend
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -69,6 +70,7 @@ def attend_position(
             "window": np.int32(window or 0),
         }
         out = call(q[:, 0], keys, values, index, positions[:, 0], filled, **attributes)
+        out, _ = unify_varying(out, q)
         return out.astype(q.dtype).reshape(batch, 1, heads * dim)
 
     @jax.custom_jvp

@@ -14,9 +14,9 @@ from upg_jax._encode import MAX_ENTRIES
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import STATIC_FIELDS, MdCSR
 from upg_jax._pack import pack
-from upg_jax.models._decoder import ATTENTION_INPUTS, MLP_INPUTS, Params
-from upg_jax.models._experts import EXPERT_INPUTS
+from upg_jax.models._decoder import Params
 from upg_jax.models._linear import Linears, joined
+from upg_jax.models._names import ATTENTION_INPUTS, EXPERT_INPUTS, MLP_INPUTS
 from upg_jax.models._weights import stack_layers
 
 

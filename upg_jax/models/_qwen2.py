@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from upg_jax.models._config import DecoderConfig, LayerKind
-from upg_jax.models._decoder import ATTENTION_INPUTS
 from upg_jax.models._family import (
     NORMS,
     Family,
@@ -19,6 +18,7 @@ from upg_jax.models._family import (
     outer_weights,
     silu,
 )
+from upg_jax.models._names import ATTENTION_INPUTS
 from upg_jax.models._reader import ConfigReader
 from upg_jax.models._weights import Weight
 
