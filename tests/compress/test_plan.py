@@ -85,8 +85,8 @@ def test_planning_reads_no_weights(source, monkeypatch):
 @pytest.mark.parametrize(
     ("density", "manifold", "expected"),
     [
-        (0.4, "unit", ["314 at density 0.5"]),
-        (0.5, "unit", ["314 at density 0.5", "more than dense int8 (8)"]),
+        (0.4, "unit", ["445 at density 0.5"]),
+        (0.5, "unit", ["445 at density 0.5", "more than dense int8 (8)"]),
         (0.8, "unit", ["more than dense int8 (8)"]),
         (0.8, "prime", ["more than bfloat16 (16)"]),
         (1.0, "prime", ["more than float32 (32)"]),
