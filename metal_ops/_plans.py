@@ -17,6 +17,7 @@ from metal_ops._submission import Launch, Limits, Memory, Scratch
 Operation: TypeAlias = Literal["product", "transposed", "decode"]
 
 PRODUCT_KERNELS = ("sparse_matvec", "sparse_matvec_shared", "sparse_matvec_simd", "sparse_matvec_batch")
+"""Kernels of this package that multiply; `plan` chooses among them."""
 TRANSPOSED_KERNEL, DECODE_KERNEL = "dense_sparse", "mdcsr_decode"
 
 # Buffer indices, the same in every kernel.

@@ -13,7 +13,9 @@ from upg_jax.compress._selection import Pattern, keep_pattern
 
 Method: TypeAlias = Literal["magnitude", "wanda", "sparsegpt"]
 METHODS: tuple[Method, ...] = get_args(Method)
+"""Every method."""
 CALIBRATED: tuple[Method, ...] = ("wanda", "sparsegpt")
+"""Those that need a calibration."""
 
 _PATTERNS: dict[Method, str] = {"magnitude": "layer", "wanda": "row", "sparsegpt": "row"}
 

@@ -16,7 +16,9 @@ from upg_jax.compress._prune import Method, check_method, default_pattern
 from upg_jax.compress._selection import Pattern
 
 Embedding: TypeAlias = Literal["int8", "float"]
+"""What becomes of the token embedding and of the head."""
 EMBEDDINGS: tuple[Embedding, ...] = get_args(Embedding)
+"""Every choice of `Embedding`."""
 
 # Rows of an embedding are looked up, not multiplied with, so no rule can prune it.
 _EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e\.")
