@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from upg_jax._encode import assemble, encode_chunk, encode_entries
+from upg_jax._entries import assemble, encode_chunk, encode_entries
 from upg_jax._index import dense_row_entries, index_bytes, mask_row_bytes, row_chunks, row_lengths
 from upg_jax._mdcsr import MdCSR
+from upg_jax._values import a_byte_each, groups_of, value_bytes
 
 Run: TypeAlias = tuple[int, int]
 Cut: TypeAlias = tuple[tuple[Run, ...], ...]
@@ -24,9 +25,15 @@ Piece: TypeAlias = tuple[Any, int, int]
 PADDING = -1
 
 
-def even_cut(size: int, blocks: int) -> Cut:
-    """Consecutive features in blocks of equal length, of which the last are padded where they do not divide."""
-    length = -(-size // blocks)
+def even_cut(size: int, blocks: int, multiple: int = 1) -> Cut:
+    """Consecutive features in blocks of equal length, of which the last are padded where they do not divide.
+
+    Args:
+        size: features.
+        blocks: how many.
+        multiple: what the length of a block must be a multiple of.
+    """
+    length = -(-size // (blocks * multiple)) * multiple
     counts = [min(max(size - i * length, 0), length) for i in range(blocks)]
     runs = [((i * length, count), (PADDING, length - count)) for i, count in enumerate(counts)]
     return tuple(tuple(run for run in block if run[1]) for block in runs)
@@ -70,7 +77,7 @@ def pieces_in_order(blocks: Sequence[MdCSR], cut: Cut) -> list[Piece]:
 def block_capacity(layer: MdCSR, cut: Cut, dim: str) -> int:
     """Entries of the largest block of one layer."""
     if dim == "in":
-        return max(_entries_by_column_block(layer, cut), default=0)
+        return max(_entries_by_column_block(a_byte_each(layer), cut), default=0)
     pointers, padding = layer.row_pointers, _padding_entries(layer)
     sizes = [
         sum(n * padding if i == PADDING else int(pointers[i + n]) - int(pointers[i]) for i, n in runs)
@@ -108,25 +115,33 @@ def take_rows(pieces: Sequence[Piece], like: MdCSR, capacity: int | None = None)
             at += part.size
         return joined
 
-    def entries(plane: str) -> np.ndarray:
-        return join(plane, lambda layer, row: int(layer.row_pointers[row]), padding, capacity)
+    def entries(plane: str, bits: int = 8) -> np.ndarray:
+        return join(
+            plane,
+            lambda layer, row: value_bytes(int(layer.row_pointers[row]), bits),
+            value_bytes(padding, bits),
+            value_bytes(capacity, bits),
+        )
 
     def of_rows(plane: str, each: int) -> np.ndarray:
         return join(plane, lambda layer, row: row * each, each, shape[0] * each)
 
-    bits = mask_row_bytes(shape[1])
+    mask_bytes = mask_row_bytes(shape[1])
+    groups = groups_of(shape[1], like.group_size)
     columns: dict[str, Callable[[], np.ndarray]] = {
         "delta8": lambda: entries("delta_indices"),
-        "mask": lambda: of_rows("delta_indices", bits),
+        "mask": lambda: of_rows("delta_indices", mask_bytes),
         "dense": lambda: np.zeros(index_bytes("dense", shape, capacity), np.uint8),
     }
     return dataclasses.replace(
         like,
         shape=shape,
-        values=entries("values"),
+        values=entries("values", like.value_bits),
         delta_indices=columns[like.index](),
         prime_indices=None if like.prime_indices is None else entries("prime_indices"),
         scales=of_rows("scales", 1),
+        # Of rows that are padding, too, multipliers are valid.
+        group_scales=np.maximum(of_rows("group_scales", groups), 1) if groups else like.group_scales,
         row_pointers=pointers.astype(np.uint32),
     )
 
@@ -146,12 +161,14 @@ def take_columns(pieces: Sequence[Piece], like: MdCSR, capacity: int | None = No
     """
     shape = (like.out_features, sum(count for _, _, count in pieces))
     starts = np.cumsum([0, *(count for _, _, count in pieces)])
+    group_scales = _multipliers_of_columns(pieces, starts, like)
+    pieces = [(layer and a_byte_each(layer), column, count) for layer, column, count in pieces]
     layers = [layer for layer, _, _ in pieces if layer is not None]
     owned = sum((layer.row_pointers.astype(np.int64) for layer in layers), np.zeros(shape[0] + 1, np.int64))
     nothing = np.zeros(0, np.int64)
     chunks = []
     for first, last in row_chunks(owned, shape[1]):
-        found = [(nothing, nothing, *_levels(like, nothing))]
+        found = [(nothing, nothing, *_levels(a_byte_each(like), nothing))]
         for (layer, column, count), start in zip(pieces, starts, strict=False):
             if layer is None:
                 continue
@@ -162,7 +179,8 @@ def take_columns(pieces: Sequence[Piece], like: MdCSR, capacity: int | None = No
         entries = tuple(np.concatenate(part) for part in zip(*found, strict=True))
         order = np.argsort(entries[0], kind="stable")
         entries = tuple(part[order] for part in entries)
-        chunks.append(encode_chunk(entries, (last - first, shape[1]), like.row_alignment, like.index))
+        size = (last - first, shape[1])
+        chunks.append(encode_chunk(entries, size, like.row_alignment, like.index, like.value_bits))
     return assemble(
         chunks,
         np.array(like.scales),
@@ -172,7 +190,42 @@ def take_columns(pieces: Sequence[Piece], like: MdCSR, capacity: int | None = No
         dtype=like.dtype,
         capacity=capacity,
         index=like.index,
+        value_bits=like.value_bits,
+        group_size=like.group_size,
+        group_scales=group_scales,
     )
+
+
+def check_groups(cut: Cut, group_size: int | None) -> None:
+    """Checks that a cut of columns leaves groups of columns whole.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    for runs in cut if group_size else ():
+        starts = np.cumsum([0, *(count for _, count in runs)])
+        for (first, _), start in zip(runs, starts.tolist(), strict=False):
+            if first != PADDING and (first % group_size or start % group_size):
+                raise ValueError(
+                    f"shard: columns must be cut between groups of {group_size}, which share a multiplier; a device "
+                    f"would begin with column {first} of them; use another number of devices, or compress with a "
+                    "smaller group size"
+                )
+
+
+def _multipliers_of_columns(pieces: Sequence[Piece], starts: np.ndarray, like: MdCSR) -> np.ndarray | None:
+    """`group_scales (rows, groups)` of runs of columns that begin with whole groups; 1 for padding."""
+    if like.group_size is None:
+        return None
+    size = like.group_size
+    joined = np.ones((like.out_features, groups_of(int(starts[-1]), size)), np.uint8)
+    for (layer, column, count), start in zip(pieces, (starts // size).tolist(), strict=False):
+        if layer is not None and count:
+            multipliers = layer.group_scales.reshape(-1, groups_of(layer.in_features, size))
+            joined[:, start : start + groups_of(count, size)] = multipliers[:, column // size :][
+                :, : groups_of(count, size)
+            ]
+    return joined
 
 
 def _levels(layer: Any, at: np.ndarray) -> list[np.ndarray]:

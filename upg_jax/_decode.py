@@ -28,7 +28,7 @@ def _decode(layer: MdCSR, *, dtype: Any, backend: str) -> jax.Array:
         return bind(decode_p, *arrays, layout=layout, backend=backend).astype(dtype)
 
     direct = dtype == jnp.bfloat16 and backend in ("auto", "native") and not _metal_lowering.gains(backend)
-    if direct and _native.load() is not None:
+    if direct and layout.value_bits == 8 and _native.load() is not None:
         dense = _in_bfloat16(rounded, layout, scales, *planes)
     else:
         dense = rounded(scales, *planes)

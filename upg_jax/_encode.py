@@ -1,20 +1,26 @@
-"""Dense matrix or sparse entries -> `MdCSR`, on the host, with bounded temporary memory."""
+"""Dense matrix -> `MdCSR`, on the host, with bounded temporary memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from upg_jax._entries import assemble, encode_chunk
 from upg_jax._errors import EncodingError
-from upg_jax._index import INDEXES, Index, dense_row_entries, index_bytes, mask_from_deltas
+from upg_jax._index import INDEXES, Index
 from upg_jax._mdcsr import MANIFOLDS, Manifold, MdCSR
 from upg_jax._quantize import quantize_entries
-
-MAX_DELTA = 255
-MAX_ENTRIES = 2**31 - 1
+from upg_jax._quantize_groups import quantize_rows
+from upg_jax._values import (
+    DEFAULT_GROUP_SIZE,
+    GROUP_SIZES,
+    VALUE_BITS,
+    groups_of,
+    smallest_alignment,
+)
 
 _CHUNK_WEIGHTS = 1 << 20
 _ORIGINAL_DTYPES = {
@@ -31,9 +37,11 @@ def encode_dense(
     density: float | None = None,
     mask: Any | None = None,
     manifold: Manifold = "unit",
-    row_alignment: int = 1,
+    row_alignment: int | None = None,
     capacity: int | None = None,
     index: Index = "delta8",
+    value_bits: int = 8,
+    group_size: int | None = None,
 ) -> MdCSR:
     """`MdCSR.from_dense` with NumPy planes, for callers that write files."""
     w = np.asarray(w)
@@ -49,18 +57,29 @@ def encode_dense(
         raise EncodingError(f"from_dense: manifold must be one of {MANIFOLDS}; got {manifold!r}")
     if index not in INDEXES:
         raise EncodingError(f"from_dense: index must be one of {INDEXES}; got {index!r}")
-    _check_alignment(row_alignment)
+    group_size = checked_group_size(value_bits, group_size, manifold)
+    row_alignment = _checked_alignment(row_alignment, value_bits)
     kept = kept_weights(w, density, mask)
     chunks = []
     scales = np.zeros(w.shape[0], np.float32)
+    group_scales = np.ones((w.shape[0], groups_of(w.shape[1], group_size)), np.uint8)
     for start, stop in _row_chunks(w.shape):
         chunk = _as_float32(w[start:stop])
         _check_finite(chunk, w, start)
-        rows, columns = np.nonzero(kept(start, stop))
-        entries, scales[start:stop] = quantize_entries(
-            rows, columns, chunk[rows, columns], num_rows=stop - start, manifold=manifold, first_row=start
-        )
-        chunks.append(encode_chunk(entries, (stop - start, w.shape[1]), row_alignment, index))
+        entries: tuple[np.ndarray, ...]
+        if group_size is not None:
+            chunk[~kept(start, stop)] = 0
+            q, group_scales[start:stop], scales[start:stop] = quantize_rows(
+                chunk, value_bits=value_bits, group_size=group_size, first_row=start
+            )
+            rows, columns = np.nonzero(q)
+            entries = (rows, columns, q[rows, columns])
+        else:
+            rows, columns = np.nonzero(kept(start, stop))
+            entries, scales[start:stop] = quantize_entries(
+                rows, columns, chunk[rows, columns], num_rows=stop - start, manifold=manifold, first_row=start
+            )
+        chunks.append(encode_chunk(entries, (stop - start, w.shape[1]), row_alignment, index, value_bits))
     return assemble(
         chunks,
         scales,
@@ -70,17 +89,59 @@ def encode_dense(
         dtype=_ORIGINAL_DTYPES[w.dtype],
         capacity=capacity,
         index=index,
+        value_bits=value_bits,
+        group_size=group_size,
+        group_scales=group_scales,
     )
 
 
-def encode_levels(levels: np.ndarray, scales: np.ndarray, *, dtype: Any, index: Index = "delta8") -> MdCSR:
+def checked_group_size(
+    value_bits: int, group_size: int | None, manifold: Manifold, where: str = "from_dense"
+) -> int | None:
+    """The group size of a layer with values of so many bits, the default one if none is given; None for 8 bits.
+
+    Raises:
+        EncodingError: for bits, groups or a manifold that the format does not have together.
+    """
+    if value_bits not in VALUE_BITS:
+        raise EncodingError(f"{where}: value_bits must be one of {VALUE_BITS}; got {value_bits!r}")
+    if value_bits == 8:
+        if group_size is not None:
+            raise EncodingError(
+                f"{where}: group_size is for values of 4 or 3 bits; got {group_size!r} with value_bits 8"
+            )
+        return None
+    if manifold != "unit":
+        raise EncodingError(
+            f"{where}: values of {value_bits} bits are for the unit manifold; got manifold {manifold!r}; use "
+            "value_bits 8, or manifold 'unit'"
+        )
+    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    if group_size not in GROUP_SIZES:
+        raise EncodingError(f"{where}: group_size must be one of {GROUP_SIZES}; got {group_size!r}")
+    return group_size
+
+
+def encode_levels(
+    levels: np.ndarray,
+    scales: np.ndarray,
+    *,
+    dtype: Any,
+    index: Index = "delta8",
+    value_bits: int = 8,
+    group_scales: np.ndarray | None = None,
+    group_size: int | None = None,
+) -> MdCSR:
     """Encodes weights that are quantized already, on the unit manifold, with NumPy planes.
 
     Args:
-        levels: int8 `(out_features, in_features)` in -127..127; 0 is not stored.
+        levels: int8 `(out_features, in_features)`, values `q` that writers may produce; 0 is not stored.
         scales: float32 `(out_features,)`, normal numbers, or 0 for a row without weights.
         dtype: that the weights had.
         index: how entries find their columns.
+        value_bits: of the result.
+        group_scales: uint8 `(out_features, groups)`, for values of fewer than 8 bits.
+        group_size: columns of a group, for values of fewer than 8 bits.
 
     Raises:
         EncodingError: if the entries exceed the format's limit of 2**31 - 1.
@@ -89,170 +150,19 @@ def encode_levels(levels: np.ndarray, scales: np.ndarray, *, dtype: Any, index: 
     for start, stop in _row_chunks(levels.shape):
         rows, columns = np.nonzero(levels[start:stop])
         entries = (rows, columns, levels[start:stop][rows, columns])
-        chunks.append(encode_chunk(entries, (stop - start, levels.shape[1]), 1, index))
+        size = (stop - start, levels.shape[1])
+        chunks.append(encode_chunk(entries, size, smallest_alignment(value_bits), index, value_bits))
     return assemble(
         chunks,
         scales,
         shape=(levels.shape[0], levels.shape[1]),
         manifold="unit",
-        row_alignment=1,
+        row_alignment=smallest_alignment(value_bits),
         dtype=_ORIGINAL_DTYPES[np.dtype(dtype)],
         index=index,
-    )
-
-
-def encode_chunk(
-    entries: tuple[np.ndarray, ...], size: tuple[int, int], row_alignment: int, index: Index
-) -> EncodedRows:
-    """The planes of `size` rows and columns, from entries as `quantize_entries` makes them."""
-    if index == "dense":
-        return encode_dense_rows(*entries, size=size, row_alignment=row_alignment)
-    encoded = encode_entries(*entries, num_rows=size[0], row_alignment=row_alignment)
-    if index == "mask":
-        pointers = np.concatenate([[0], np.cumsum(encoded.row_lengths)]).astype(np.uint32)
-        bits = mask_from_deltas(encoded.delta_indices, encoded.values, pointers, size, "from_dense")
-        encoded = encoded._replace(delta_indices=bits)
-    return encoded
-
-
-class EncodedRows(NamedTuple):
-    """Planes of some consecutive rows, not yet joined with their neighbours."""
-
-    values: np.ndarray
-    delta_indices: np.ndarray
-    prime_indices: np.ndarray | None
-    row_lengths: np.ndarray
-
-
-def encode_entries(
-    rows: np.ndarray,
-    columns: np.ndarray,
-    q: np.ndarray,
-    prime_indices: np.ndarray | None = None,
-    *,
-    num_rows: int,
-    row_alignment: int = 1,
-) -> EncodedRows:
-    """Turns entries with absolute columns into the planes of `num_rows` rows.
-
-    Args:
-        rows: `(n,)` integers, non-decreasing, in `[0, num_rows)`.
-        columns: `(n,)` integers, strictly increasing within a row.
-        q: int8 `(n,)`, nonzero values.
-        prime_indices: uint16 `(n,)`, or None for the unit manifold.
-        num_rows: rows to encode; rows without entries are empty.
-        row_alignment: power of two that row lengths are padded to.
-
-    Returns:
-        The planes with fillers for gaps above 255 and for the alignment.
-    """
-    starts_row = np.empty(rows.shape, bool)
-    starts_row[:1] = True
-    np.not_equal(rows[1:], rows[:-1], out=starts_row[1:])
-    delta = np.diff(columns, prepend=columns.dtype.type(0))
-    np.copyto(delta, columns, where=starts_row)
-    fillers = np.maximum(delta - 1, 0) // MAX_DELTA
-    long_gaps = np.flatnonzero(fillers)
-
-    row_lengths = np.bincount(rows, minlength=num_rows)
-    row_lengths += np.bincount(rows[long_gaps], weights=fillers[long_gaps], minlength=num_rows).astype(
-        np.int64
-    )
-    padded = -(-row_lengths // row_alignment) * row_alignment
-    padding_before = np.cumsum(padded - row_lengths) - (padded - row_lengths)
-
-    position = np.arange(rows.size) + padding_before[rows]
-    if long_gaps.size:
-        position += np.cumsum(fillers)
-    total = int(padded.sum())
-    values = np.zeros(total, np.int8)
-    deltas = np.zeros(total, np.uint8)
-    values[position] = q
-    deltas[position] = delta - fillers * MAX_DELTA
-    for gap in range(int(fillers.max(initial=0))):
-        deltas[(position - 1 - gap)[fillers > gap]] = MAX_DELTA
-    primes = None
-    if prime_indices is not None:
-        primes = np.zeros(total, np.uint16)
-        primes[position] = prime_indices
-    return EncodedRows(values, deltas, primes, padded)
-
-
-def encode_dense_rows(
-    rows: np.ndarray,
-    columns: np.ndarray,
-    q: np.ndarray,
-    prime_indices: np.ndarray | None = None,
-    *,
-    size: tuple[int, int],
-    row_alignment: int = 1,
-) -> EncodedRows:
-    """As `encode_entries` for `size` rows and columns, with index `"dense"`."""
-    stride = dense_row_entries(size[1], row_alignment)
-    at = rows * stride + columns
-
-    def spread(plane: np.ndarray) -> np.ndarray:
-        dense = np.zeros(size[0] * stride, plane.dtype)
-        dense[at] = plane
-        return dense
-
-    return EncodedRows(
-        values=spread(q),
-        delta_indices=np.zeros(0, np.uint8),
-        prime_indices=None if prime_indices is None else spread(prime_indices),
-        row_lengths=np.full(size[0], stride, np.int64),
-    )
-
-
-def assemble(
-    chunks: list[EncodedRows],
-    scales: np.ndarray,
-    *,
-    shape: tuple[int, int],
-    manifold: Manifold,
-    row_alignment: int,
-    dtype: str,
-    capacity: int | None = None,
-    index: Index = "delta8",
-) -> MdCSR:
-    """Joins encoded rows into one layer with NumPy planes.
-
-    Raises:
-        EncodingError: if the entries do not fit the capacity or the format's limit of 2**31 - 1.
-    """
-    lengths = np.concatenate([c.row_lengths for c in chunks]) if chunks else np.zeros(0, np.int64)
-    nnz = int(lengths.sum())
-    if nnz > MAX_ENTRIES:
-        raise EncodingError(
-            f"from_dense: a layer holds at most {MAX_ENTRIES:,} entries; got {nnz:,}; split it"
-        )
-    length = nnz if capacity is None else capacity
-    if length < nnz or length % row_alignment or length > MAX_ENTRIES:
-        raise EncodingError(
-            f"from_dense: capacity must be a multiple of row_alignment={row_alignment} from the layer's "
-            f"{nnz:,} entries to {MAX_ENTRIES:,}; got {capacity:,}"
-        )
-    row_pointers = np.zeros(shape[0] + 1, np.uint32)
-    row_pointers[1:] = np.cumsum(lengths)
-
-    def join(planes: list[np.ndarray], dtype: Any, length: int = length) -> np.ndarray:
-        joined = np.zeros(length, dtype)
-        used = sum(plane.size for plane in planes)
-        np.concatenate(planes or [joined[:0]], out=joined[:used])
-        return joined
-
-    return MdCSR(
-        values=join([c.values for c in chunks], np.int8),
-        delta_indices=join([c.delta_indices for c in chunks], np.uint8, index_bytes(index, shape, length)),
-        prime_indices=None
-        if manifold == "unit"
-        else join([c.prime_indices for c in chunks if c.prime_indices is not None], np.uint16),
-        scales=scales,
-        row_pointers=row_pointers,
-        shape=shape,
-        row_alignment=row_alignment,
-        dtype=dtype,
-        index=index,
+        value_bits=value_bits,
+        group_size=group_size,
+        group_scales=group_scales,
     )
 
 
@@ -267,9 +177,18 @@ def _as_float32(w: np.ndarray) -> np.ndarray:
         return w.astype(np.float32)
 
 
-def _check_alignment(row_alignment: int) -> None:
+def _checked_alignment(row_alignment: int | None, value_bits: int) -> int:
+    least = smallest_alignment(value_bits)
+    if row_alignment is None:
+        return least
     if not isinstance(row_alignment, int) or row_alignment < 1 or row_alignment & (row_alignment - 1):
         raise EncodingError(f"from_dense: row_alignment must be a power of two; got {row_alignment!r}")
+    if row_alignment < least:
+        raise EncodingError(
+            f"from_dense: row_alignment must be at least {least} with value_bits {value_bits}, so that rows fill whole "
+            f"bytes; got {row_alignment}"
+        )
+    return row_alignment
 
 
 def _check_finite(chunk: np.ndarray, w: np.ndarray, first_row: int) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upg_jax._index import Index
+from upg_jax._values import count_nonzero
 
 Manifold: TypeAlias = Literal["unit", "prime"]
 Array: TypeAlias = jax.Array | np.ndarray
@@ -24,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MdCSR:
-    """A pruned, int8-quantized weight matrix in delta-compressed CSR form.
+    """A pruned, quantized weight matrix in delta-compressed CSR form.
 
     `W` has shape `(out_features, in_features)` and a layer computes `x @ W.T`; docs/format.md defines the
     planes. The arrays are pytree leaves, everything else is static, so that two layers of one shape and one
@@ -35,7 +36,8 @@ class MdCSR:
     the readers produce valid layers and `validate` checks one.
 
     Attributes:
-        values: int8 `([S,] capacity)`, quantized weights; 0 marks a filler entry.
+        values: int8 `([S,] capacity * value_bits / 8)`, quantized weights; 0 marks a filler entry. Those of fewer than
+            8 bits are a little-endian stream of bits.
         delta_indices: uint8, where the entries' columns are. With index `"delta8"`, `([S,] capacity)`: column of
             an entry minus column of the previous one of its row. With `"mask"`, `([S,] out_features * 8 *
             ceil(in_features / 64))`: a bit for each column of a row, set where it has an entry. With `"dense"`,
@@ -43,11 +45,14 @@ class MdCSR:
         scales: float32 `([S,] out_features)`.
         row_pointers: uint32 `([S,] out_features + 1)`; row `r` owns entries `[row_pointers[r], row_pointers[r + 1])`.
         prime_indices: uint16 `([S,] capacity)` on the prime manifold, None on the unit manifold.
+        group_scales: uint8 `([S,] out_features * ceil(in_features / group_size))` with values of fewer than 8 bits,
+            else None: what the values of a row are multiplied by, for each group of columns.
         shape: static `(out_features, in_features)`, stacked or not.
         row_alignment: static power of two that every row pointer and the capacity are multiples of.
         dtype: static name of the dtype the weights had, `"float32"`, `"bfloat16"` or `"float16"`.
         index: static name of the column encoding, `"delta8"`, `"mask"` or `"dense"`; `upg_jax.pack` changes it.
-        value_bits: static bits of a stored value; always 8.
+        value_bits: static bits of a stored value, 8, or 4 or 3 with multipliers for groups.
+        group_size: static columns of a group, 32, 64 or 128; None with values of 8 bits.
     """
 
     values: Array
@@ -55,11 +60,13 @@ class MdCSR:
     scales: Array
     row_pointers: Array
     prime_indices: Array | None = None
+    group_scales: Array | None = None
     shape: tuple[int, int]
     row_alignment: int = 1
     dtype: str = "float32"
     index: Index = "delta8"
     value_bits: int = 8
+    group_size: int | None = None
 
     @classmethod
     def from_dense(
@@ -69,9 +76,11 @@ class MdCSR:
         density: float | None = None,
         mask: Any | None = None,
         manifold: Manifold = "unit",
-        row_alignment: int = 1,
+        row_alignment: int | None = None,
         capacity: int | None = None,
         index: Index = "delta8",
+        value_bits: int = 8,
+        group_size: int | None = None,
     ) -> MdCSR:
         """Prunes, quantizes and encodes a dense matrix; runs on the host.
 
@@ -83,9 +92,12 @@ class MdCSR:
             mask: boolean matrix of `w`'s shape, True where a weight is kept; instead of `density`.
             manifold: `"unit"` for symmetric int8 per row (2 bytes an entry), `"prime"` for the prime table's
                 finer levels (4 bytes an entry).
-            row_alignment: power of two that row lengths are padded to.
-            capacity: length to pad the planes to, so that layers of different `nnz` share a compiled program.
+            row_alignment: power of two that row lengths are padded to; by default the fewest entries that fill whole
+                bytes: 1, or 2 with values of 4 bits and 8 with those of 3.
+            capacity: entries to pad the planes to, so that layers of different `nnz` share a compiled program.
             index: how entries find their columns; the result is that of `upg_jax.pack(layer, index)`.
+            value_bits: 8, 4 or 3; fewer than 8 on the unit manifold only.
+            group_size: columns that share a multiplier with values of fewer than 8 bits: 32, 64 (the default) or 128.
 
         Returns:
             A layer on JAX's default device. A weight that rounds to 0 is not stored.
@@ -104,6 +116,8 @@ class MdCSR:
             row_alignment=row_alignment,
             capacity=capacity,
             index=index,
+            value_bits=value_bits,
+            group_size=group_size,
         )
         return jax.tree.map(jnp.asarray, layer)
 
@@ -162,8 +176,8 @@ class MdCSR:
 
     @property
     def capacity(self) -> int:
-        """Stored length of a layer's planes, the zero tail included."""
-        return self.values.shape[-1]
+        """Entries that a layer's planes hold, the zero tail included."""
+        return self.values.shape[-1] * 8 // self.value_bits
 
     @property
     def nnz(self) -> int:
@@ -173,7 +187,7 @@ class MdCSR:
     @functools.cached_property
     def true_nnz(self) -> int:
         """Entries with a nonzero value, summed over a stack; needs concrete arrays, reads a whole plane."""
-        return int(np.count_nonzero(np.asarray(self.values)))
+        return count_nonzero(np.asarray(self.values), self.value_bits)
 
     @property
     def density(self) -> float:
@@ -199,6 +213,8 @@ class MdCSR:
         kind = f"{self.manifold} manifold, {self.dtype}"
         if self.index != "delta8":
             kind += f", index {self.index}"
+        if self.value_bits != 8:
+            kind += f", {self.value_bits}-bit values in groups of {self.group_size}"
         try:
             size = f"{self.out_features}x{self.in_features}"
             if self.stack_size is not None:
@@ -219,8 +235,8 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if concrete else repr(leaf)
 
 
-PLANES = ("values", "delta_indices", "scales", "row_pointers", "prime_indices")
-STATIC_FIELDS = ("shape", "row_alignment", "dtype", "index", "value_bits")
+PLANES = ("values", "delta_indices", "scales", "row_pointers", "prime_indices", "group_scales")
+STATIC_FIELDS = ("shape", "row_alignment", "dtype", "index", "value_bits", "group_size")
 
 jax.tree_util.register_dataclass(MdCSR, data_fields=list(PLANES), meta_fields=list(STATIC_FIELDS))
 
@@ -246,8 +262,8 @@ def stack(layers: Sequence[MdCSR]) -> MdCSR:
     `bits_per_weight`. Host (NumPy) layers give a host stack, so that nothing passes through a device.
 
     Args:
-        layers: at least one unstacked layer, all with equal `shape`, `manifold`, `row_alignment`, `dtype` and
-            `index`.
+        layers: at least one unstacked layer, all with equal `shape`, `manifold`, `row_alignment`, `dtype`, `index`,
+            `value_bits` and `group_size`.
 
     Returns:
         A layer whose leaves have a leading axis of `len(layers)`.
@@ -268,7 +284,6 @@ def stack(layers: Sequence[MdCSR]) -> MdCSR:
                     f"stack: layers must have equal metadata; {field} is {first!r} in layer 0 and {this!r} in "
                     f"layer {i}; keep such layers in a list instead"
                 )
-    capacity = max(layer.capacity for layer in layers)
     on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
     xp: Any = np if on_host else jnp
 
@@ -278,7 +293,7 @@ def stack(layers: Sequence[MdCSR]) -> MdCSR:
         leaves = [getattr(layer, plane) for layer in layers]
         # A mask has as many bits in every layer, and with index "dense" nothing stands for columns.
         padded = plane in of_entries and (plane != "delta_indices" or layers[0].index == "delta8")
-        length = capacity if padded else leaves[0].shape[0]
+        length = max(leaf.shape[0] for leaf in leaves) if padded else leaves[0].shape[0]
         return xp.stack([xp.pad(leaf, (0, length - leaf.shape[0])) for leaf in leaves])
 
     planes = [plane for plane in PLANES if getattr(layers[0], plane) is not None]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from upg_jax import _native
-from upg_jax._encode import MAX_ENTRIES, EncodedRows, assemble, encode_entries
+from upg_jax._entries import MAX_ENTRIES, EncodedRows, assemble, encode_entries
 from upg_jax._errors import FormatError
 from upg_jax._index import (
     INDEXES,
@@ -25,6 +25,7 @@ from upg_jax._mdcsr import PLANES, Manifold, MdCSR, stack
 from upg_jax._sparse_dense import _metal_lowering
 from upg_jax._sparse_dense._backend import requested_backend
 from upg_jax._validate import validate
+from upg_jax._values import a_byte_each, as_narrow_as
 
 # The fastest form up to a density, for one vector, measured with AVX-512 (docs/native.md). An instruction set without
 # gathers or expansions changes the limits little.
@@ -62,6 +63,9 @@ def pack(layer: MdCSR, index: Index | None = None) -> MdCSR:
         return layer
     if {layer.index, index} == {"mask", "dense"}:
         return pack(pack(layer, "delta8"), index)
+    if layer.value_bits != 8:
+        packed = pack(a_byte_each(jax.tree.map(np.asarray, layer)), index)
+        return _like(layer, as_narrow_as(layer, packed, layer.group_scales))
     host = jax.tree.map(np.asarray, layer)
     validate(host, where="pack")
     if "dense" in (layer.index, index):
@@ -80,6 +84,8 @@ def unpack(layer: MdCSR) -> MdCSR:
 
 def choose_index(layer: MdCSR) -> tuple[Index, str]:
     """The form in which products with this layer are fastest on this machine, and the reason in words."""
+    if layer.value_bits != 8:
+        return layer.index, "pure JAX walks every form at about the same speed, so it stays as it is"
     if _metal_lowering.reads(layer.capacity, requested_backend()):
         return "delta8", "the Metal kernels read deltas"
     if jax.default_backend() in ("gpu", "cuda"):
@@ -260,7 +266,7 @@ def _like(layer: MdCSR, packed: MdCSR) -> MdCSR:
         old, new = getattr(layer, name), getattr(packed, name)
         if (
             new is None
-            or name == "scales"
+            or name in ("scales", "group_scales")
             or ("dense" not in (layer.index, packed.index) and name != "delta_indices")
         ):
             return old

@@ -10,6 +10,7 @@ import numpy as np
 from upg_jax._errors import EncodingError
 from upg_jax._mdcsr import Manifold
 from upg_jax._primes import LARGEST_PRIME, prime_table
+from upg_jax._values import LARGEST_MULTIPLIER, largest_q
 
 LARGEST_LEVEL = 127 * LARGEST_PRIME
 # Scales outside [SMALLEST_SCALE, LARGEST_SCALE] could make a decoded weight subnormal or infinite; the bound
@@ -64,18 +65,21 @@ def quantize_entries(
     return (rows[stored], columns[stored], q[stored], k[stored]), scales
 
 
-def scales_of(largest: np.ndarray, manifold: Manifold, first_row: int = 0) -> np.ndarray:
+def scales_of(
+    largest: np.ndarray, manifold: Manifold, first_row: int = 0, *, value_bits: int = 8
+) -> np.ndarray:
     """The scales with which rows use all levels.
 
     Args:
         largest: float32 `(rows,)`, each row's largest magnitude.
         manifold: of the result.
         first_row: the number of row 0 in the matrix, for messages.
+        value_bits: of the result.
 
     Raises:
         EncodingError: if a row is too large for the format.
     """
-    scales = largest / np.float32(127 if manifold == "unit" else LARGEST_LEVEL)
+    scales = largest / np.float32(largest_level(manifold, value_bits))
     too_large = np.flatnonzero(scales > LARGEST_SCALE)
     if too_large.size:
         row = int(too_large[0])
@@ -85,6 +89,13 @@ def scales_of(largest: np.ndarray, manifold: Manifold, first_row: int = 0) -> np
         )
     scales[scales < SMALLEST_SCALE] = 0
     return scales
+
+
+def largest_level(manifold: Manifold, value_bits: int) -> int:
+    """The largest level that writers produce."""
+    if manifold == "prime":
+        return LARGEST_LEVEL
+    return largest_q(value_bits) * (1 if value_bits == 8 else LARGEST_MULTIPLIER)
 
 
 class _Levels(NamedTuple):

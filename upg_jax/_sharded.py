@@ -16,6 +16,7 @@ from upg_jax._cut import (
     Cut,
     block_capacity,
     block_length,
+    check_groups,
     even_cut,
     pieces_in_order,
     pieces_of,
@@ -160,7 +161,7 @@ def shard(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim = "out") -> ShardedMdCSR
     `sparse_dense` with the result gathers no weights. With `dim="out"` (*column-parallel* in Megatron's words) each
     device computes its rows' outputs, which stay sharded over `axis`; with `"in"` (*row-parallel*) it multiplies its
     columns by its part of `x`, and the products are summed over `axis`. Features that do not divide evenly are padded
-    in the last blocks. Weights keep their bits.
+    in the last blocks. Weights keep their bits. Groups of columns that share a multiplier stay whole.
 
     Runs on the host, and holds little more than a block at a time besides what it has placed; planes may be
     memory-mapped. In a program of several processes each calls it with the same layer, reads its devices' rows alone
@@ -174,7 +175,7 @@ def shard(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim = "out") -> ShardedMdCSR
 
     Raises:
         TypeError: for a layer that is no `MdCSR`.
-        ValueError: for an unknown axis or `dim`, or under a JAX transformation.
+        ValueError: for an unknown axis or `dim`, a cut through a group of columns, or under a JAX transformation.
         NotImplementedError: with a JAX too old for `jax.shard_map`.
     """
     if not isinstance(layer, MdCSR):
@@ -183,8 +184,8 @@ def shard(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim = "out") -> ShardedMdCSR
         raise ValueError(f"shard: axis must be one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
     if dim not in ("out", "in"):
         raise ValueError(f"shard: dim must be 'out' or 'in'; got {dim!r}")
-    size = layer.out_features if dim == "out" else layer.in_features
-    return shard_as(layer, mesh, axis, dim, even_cut(size, mesh.shape[axis]))
+    size, multiple = (layer.out_features, 1) if dim == "out" else (layer.in_features, layer.group_size or 1)
+    return shard_as(layer, mesh, axis, dim, even_cut(size, mesh.shape[axis], multiple))
 
 
 def shard_as(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim, cut: Cut) -> ShardedMdCSR:
@@ -194,6 +195,8 @@ def shard_as(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim, cut: Cut) -> Sharded
         raise ValueError(
             "shard: needs concrete arrays; it was called under jit, vmap or grad; shard the layer before"
         )
+    if dim == "in":
+        check_groups(cut, layer.group_size)
     host = jax.tree.map(np.asarray, layer)
     capacity = max((block_capacity(one, cut, dim) for one in _layers(host)), default=0)
 

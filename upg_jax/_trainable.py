@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from upg_jax import _pattern
-from upg_jax._encode import assemble, encode_chunk
+from upg_jax._encode import checked_group_size
+from upg_jax._entries import assemble, encode_chunk
 from upg_jax._errors import EncodingError
 from upg_jax._index import Index
 from upg_jax._mdcsr import Array, Manifold, MdCSR, stack
 from upg_jax._primes import prime_table
 from upg_jax._quantize import nearest_levels, quantize_entries, scales_of
+from upg_jax._quantize_groups import quantize_again
+from upg_jax._values import groups_of
 
 _TILE_WEIGHTS = 1 << 20
 _PRECISIONS = ("float32", "bfloat16")
@@ -49,6 +52,9 @@ class TrainableMdCSR:
         row_alignment: static.
         dtype: static, the original weights'.
         index: static.
+        value_bits: static.
+        group_size: static.
+        group_scales: uint8, the layer's, kept like the scales; None with values of 8 bits.
     """
 
     weights: Array
@@ -60,6 +66,9 @@ class TrainableMdCSR:
     row_alignment: int = 1
     dtype: str = "float32"
     index: Index = "delta8"
+    value_bits: int = 8
+    group_size: int | None = None
+    group_scales: Array | None = None
 
     @classmethod
     def from_layer(
@@ -106,6 +115,9 @@ class TrainableMdCSR:
             row_alignment=layer.row_alignment,
             dtype=layer.dtype,
             index=layer.index,
+            value_bits=layer.value_bits,
+            group_size=layer.group_size,
+            group_scales=None if layer.group_scales is None else jnp.asarray(layer.group_scales),
         )
 
     @staticmethod
@@ -180,16 +192,21 @@ class TrainableMdCSR:
             index: of the result.
 
         Raises:
-            EncodingError: if a weight is not finite, naming its row, or too large for the format.
+            EncodingError: if a weight is not finite, naming its row, or too large for the format, or for the prime
+                manifold of a layer with values of fewer than 8 bits.
         """
         if self.weights.ndim == 3:
             layers = [jax.tree.map(lambda leaf, i=i: leaf[i], self) for i in range(self.weights.shape[0])]
             return stack([layer.to_mdcsr(manifold=manifold, index=index) for layer in layers])
         manifold, index = manifold or self.manifold, index or self.index
+        checked_group_size(self.value_bits, self.group_size, manifold, "to_mdcsr")
         rows, columns = self.shape
         weights = np.asarray(self.weights).astype(np.float32)
         height = _pattern.tile_rows(rows, weights.shape[0])
         scales = np.asarray(self.scale_bits).view(np.float32).copy()
+        group_scales = np.zeros((rows, groups_of(columns, self.group_size)), np.uint8)
+        if self.group_scales is not None:
+            group_scales[:] = np.asarray(self.group_scales).reshape(group_scales.shape)
         chunks = []
         for tile, (w, at) in enumerate(zip(weights, np.asarray(self.positions), strict=True)):
             first = min(tile * height, rows)
@@ -200,19 +217,25 @@ class TrainableMdCSR:
             if not np.isfinite(w).all():
                 bad = first + int(row[~np.isfinite(w)][0])
                 raise EncodingError(f"to_mdcsr: weights must be finite; row {bad} has one that is not")
-            scales[first : first + size] = _scales(
-                row, w, scales[first : first + size], self.manifold, manifold, first
-            )
-            entries, _ = quantize_entries(
-                row,
-                column,
-                w,
-                num_rows=size,
-                manifold=manifold,
-                first_row=first,
-                scales=scales[first : first + size],
-            )
-            chunks.append(encode_chunk(entries, (size, columns), self.row_alignment, index))
+            of_tile = slice(first, first + size)
+            entries: tuple[np.ndarray, ...]
+            if self.group_size is not None:
+                dense = np.zeros((size, columns), np.float32)
+                dense[row, column] = w
+                q, group_scales[of_tile], scales[of_tile] = quantize_again(
+                    *(dense, scales[of_tile], group_scales[of_tile]),
+                    value_bits=self.value_bits,
+                    group_size=self.group_size,
+                    first_row=first,
+                )
+                row, column = np.nonzero(q)
+                entries = (row, column, q[row, column])
+            else:
+                scales[of_tile] = _scales(row, w, scales[of_tile], self.manifold, manifold, first)
+                entries, _ = quantize_entries(
+                    row, column, w, num_rows=size, manifold=manifold, first_row=first, scales=scales[of_tile]
+                )
+            chunks.append(encode_chunk(entries, (size, columns), self.row_alignment, index, self.value_bits))
         layer = assemble(
             chunks,
             scales,
@@ -221,6 +244,9 @@ class TrainableMdCSR:
             row_alignment=self.row_alignment,
             dtype=self.dtype,
             index=index,
+            value_bits=self.value_bits,
+            group_size=self.group_size,
+            group_scales=group_scales,
         )
         return jax.tree.map(jnp.asarray, layer)
 
@@ -233,8 +259,10 @@ class TrainableMdCSR:
 
 jax.tree_util.register_dataclass(
     TrainableMdCSR,
-    data_fields=["weights", "positions", "scale_bits"],
-    meta_fields=["shape", "precision", "manifold", "row_alignment", "dtype", "index"],
+    data_fields=["weights", "positions", "scale_bits", "group_scales"],
+    meta_fields=[
+        *("shape", "precision", "manifold", "row_alignment", "dtype", "index", "value_bits", "group_size")
+    ],
 )
 
 

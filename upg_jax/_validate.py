@@ -7,22 +7,20 @@ from typing import Literal
 import numpy as np
 
 from upg_jax import _native
-from upg_jax._encode import MAX_ENTRIES
-from upg_jax._errors import FormatError
 from upg_jax._index import (
-    INDEXES,
     deltas_from_mask,
     dense_row_entries,
     first_row_outside_mask,
-    index_bytes,
     is_good_mask,
     mask_counts,
     row_chunks,
     row_lengths,
 )
-from upg_jax._mdcsr import DTYPES, MdCSR
+from upg_jax._mdcsr import PLANES, MdCSR
 from upg_jax._primes import NUM_PRIMES
 from upg_jax._quantize import LARGEST_SCALE, SMALLEST_SCALE
+from upg_jax._validate_planes import check_metadata, check_planes, fail
+from upg_jax._values import groups_of, unpack_values
 
 
 def validate(
@@ -40,13 +38,9 @@ def validate(
     """
     if level not in ("structural", "full"):
         raise ValueError(f"validate: level must be 'structural' or 'full'; got {level!r}")
-    _check_metadata(layer, where)
-    _check_planes(layer, where)
-    planes = {
-        name: np.asarray(getattr(layer, name))
-        for name in ("values", "delta_indices", "scales", "row_pointers", "prime_indices")
-        if getattr(layer, name) is not None
-    }
+    check_metadata(layer, where)
+    check_planes(layer, where)
+    planes = {name: np.asarray(getattr(layer, name)) for name in PLANES if getattr(layer, name) is not None}
     if layer.stack_size is None:
         planes = {name: plane[None] for name, plane in planes.items()}
     for i in range(layer.stack_size or 1):
@@ -58,69 +52,21 @@ def validate(
             _check_content(layer, one, name)
 
 
-def _fail(where: str, rule: str) -> None:
-    raise FormatError(f"{where}: {rule}")
-
-
-def _check_metadata(layer: MdCSR, where: str) -> None:
-    if len(layer.shape) != 2 or any(not isinstance(n, int) or n < 0 for n in layer.shape):
-        _fail(where, f"shape must be two non-negative integers (out, in); got {layer.shape}")
-    if max(layer.shape) > MAX_ENTRIES:
-        _fail(where, f"shape must stay below 2**31 in each direction; got {layer.shape}")
-    alignment = layer.row_alignment
-    if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ENTRIES or alignment & (alignment - 1):
-        _fail(where, f"row_alignment must be a power of two below 2**31; got {alignment!r}")
-    if layer.dtype not in DTYPES:
-        _fail(where, f"dtype must be one of {', '.join(DTYPES)}; got {layer.dtype!r}")
-    if layer.index not in INDEXES or layer.value_bits != 8:
-        _fail(
-            where,
-            f"this build reads index {', '.join(map(repr, INDEXES))} with value_bits 8; got {layer.index!r} with "
-            f"{layer.value_bits!r}; upgrade upg_jax",
-        )
-
-
-def _check_planes(layer: MdCSR, where: str) -> None:
-    lead = () if layer.stack_size is None else (layer.stack_size,)
-    entries = (*lead, layer.capacity)
-    expected = {
-        "values": (np.int8, entries),
-        "delta_indices": (np.uint8, (*lead, index_bytes(layer.index, layer.shape, layer.capacity))),
-        "scales": (np.float32, (*lead, layer.out_features)),
-        "row_pointers": (np.uint32, (*lead, layer.out_features + 1)),
-    }
-    if layer.prime_indices is not None:
-        expected["prime_indices"] = (np.uint16, entries)
-    for name, (dtype, shape) in expected.items():
-        plane = getattr(layer, name)
-        if plane.dtype != dtype or tuple(plane.shape) != shape:
-            _fail(
-                where,
-                f"{name} must be {np.dtype(dtype)} {shape}; got {plane.dtype} {tuple(plane.shape)}",
-            )
-    if layer.capacity > MAX_ENTRIES:
-        _fail(where, f"a layer holds fewer than 2**31 entries; got planes of {layer.capacity:,}")
-    if layer.capacity % layer.row_alignment:
-        _fail(
-            where, f"plane length {layer.capacity} must be a multiple of row_alignment {layer.row_alignment}"
-        )
-
-
 def _check_row_pointers(layer: MdCSR, pointers: np.ndarray, where: str) -> None:
     if pointers[0] != 0:
-        _fail(where, f"row_pointers must start at 0; got {pointers[0]}")
+        fail(where, f"row_pointers must start at 0; got {pointers[0]}")
     decreasing = np.flatnonzero(pointers[1:] < pointers[:-1])
     if decreasing.size:
         row = int(decreasing[0])
-        _fail(
+        fail(
             where, f"row {row}: row_pointers must not decrease; got {pointers[row]} then {pointers[row + 1]}"
         )
     if pointers[-1] > layer.capacity:
-        _fail(where, f"row_pointers end at {pointers[-1]}, past the planes' length {layer.capacity}")
+        fail(where, f"row_pointers end at {pointers[-1]}, past the planes' length {layer.capacity}")
     misaligned = np.flatnonzero(pointers & np.uint32(layer.row_alignment - 1))
     if misaligned.size:
         row = int(misaligned[0])
-        _fail(
+        fail(
             where,
             f"row {row}: row_pointers must be multiples of row_alignment {layer.row_alignment}; got {pointers[row]}",
         )
@@ -150,7 +96,7 @@ def _check_columns(layer: MdCSR, pointers: np.ndarray, deltas: np.ndarray, where
 
 
 def _fail_column(layer: MdCSR, row: int, column: int, where: str) -> None:
-    _fail(
+    fail(
         where,
         f"row {row}: columns must stay below in_features {layer.in_features}; the row's deltas reach column {column}",
     )
@@ -161,7 +107,7 @@ def _check_mask(layer: MdCSR, pointers: np.ndarray, mask: np.ndarray, where: str
         return
     row = first_row_outside_mask(mask, layer.shape)
     if row is not None:
-        _fail(
+        fail(
             where,
             f"row {row}: columns must stay below in_features {layer.in_features}; its mask has later ones",
         )
@@ -169,7 +115,7 @@ def _check_mask(layer: MdCSR, pointers: np.ndarray, mask: np.ndarray, where: str
     too_many = np.flatnonzero(counts > lengths)
     if too_many.size:
         row = int(too_many[0])
-        _fail(
+        fail(
             where,
             f"row {row}: a row's mask has at most one bit an entry; got {counts[row]} bits for {lengths[row]} entries",
         )
@@ -180,7 +126,7 @@ def _check_dense(layer: MdCSR, pointers: np.ndarray, _: np.ndarray, where: str) 
     wrong = np.flatnonzero(row_lengths(pointers) != stride)
     if wrong.size:
         row = int(wrong[0])
-        _fail(
+        fail(
             where,
             f"row {row}: every row must have {stride} entries with index 'dense'; got {row_lengths(pointers)[row]}",
         )
@@ -195,7 +141,7 @@ def check_scales(scales: np.ndarray, where: str) -> None:
         good = (scales == 0) | ((scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE))
     if not good.all():
         at = tuple(np.argwhere(~good)[0].tolist())
-        _fail(
+        fail(
             where,
             f"row {at[-1]}: scales must be 0 or in [{SMALLEST_SCALE:.6g}, {LARGEST_SCALE:.6g}]; got {scales[at]}",
         )
@@ -204,6 +150,9 @@ def check_scales(scales: np.ndarray, where: str) -> None:
 def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
     pointers = planes["row_pointers"]
     check_scales(planes["scales"], where)
+    if layer.group_size is not None:
+        _check_group_scales(layer, planes["group_scales"], where)
+        planes = planes | {"values": unpack_values(planes["values"], layer.value_bits)}
     if layer.index == "mask":
         deltas = deltas_from_mask(planes["delta_indices"], pointers, layer.shape, layer.capacity, where)
         _check_entries_without_bits(layer, planes, where)
@@ -211,7 +160,7 @@ def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> N
     for name in ("values", "delta_indices", "prime_indices"):
         tail = planes.get(name, np.zeros(0))[int(pointers[-1]) if name in planes else 0 :]
         if tail.any():
-            _fail(where, f"{name} must be zero past the last row's entries, from {pointers[-1]} on")
+            fail(where, f"{name} must be zero past the last row's entries, from {pointers[-1]} on")
     if layer.index == "dense":
         _check_dense_content(layer, planes, where)
         return
@@ -230,10 +179,16 @@ def _check_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> N
         repeats = same_row & (running[stored[1:]] == running[stored[:-1]])
         if repeats.any():
             row = int(rows[stored[1:]][repeats][0])
-            _fail(where, f"row {row}: columns of stored weights must strictly increase; one repeats")
+            fail(where, f"row {row}: columns of stored weights must strictly increase; one repeats")
         if layer.prime_indices is not None:
             k = planes["prime_indices"][begin:end]
             _check_primes(rows, k, filler & (k != 0), where)
+
+
+def _check_group_scales(layer: MdCSR, multipliers: np.ndarray, where: str) -> None:
+    if (zero := np.flatnonzero(multipliers == 0)).size:
+        row, group = divmod(int(zero[0]), groups_of(layer.in_features, layer.group_size))
+        fail(where, f"row {row}: group_scales must be 1 to 255; that of group {group} is 0")
 
 
 def _has_good_rows(layer: MdCSR, planes: dict[str, np.ndarray]) -> bool:
@@ -257,7 +212,7 @@ def _check_entries_without_bits(layer: MdCSR, planes: dict[str, np.ndarray], whe
     used = pointers[:-1] + mask_counts(planes["delta_indices"], layer.shape)
     for row in np.flatnonzero(used < pointers[1:]).tolist():
         if planes["values"][used[row] : pointers[row + 1]].any():
-            _fail(where, f"row {row}: an entry without a bit in the row's mask must have value 0")
+            fail(where, f"row {row}: an entry without a bit in the row's mask must have value 0")
 
 
 def _check_dense_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str) -> None:
@@ -266,7 +221,7 @@ def _check_dense_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str
         values = planes["values"][first * stride : last * stride].reshape(last - first, stride)
         beyond = values[:, layer.in_features :].any(axis=1)
         if beyond.any():
-            _fail(
+            fail(
                 where,
                 f"row {first + int(np.argmax(beyond))}: an entry past the last column must have value 0",
             )
@@ -280,9 +235,9 @@ def _check_dense_content(layer: MdCSR, planes: dict[str, np.ndarray], where: str
 def _check_primes(rows: np.ndarray, k: np.ndarray, of_fillers: np.ndarray, where: str) -> None:
     bad = np.flatnonzero(k >= NUM_PRIMES)
     if bad.size:
-        _fail(where, f"row {rows[bad[0]]}: prime_indices must be below {NUM_PRIMES}; got {k[bad[0]]}")
+        fail(where, f"row {rows[bad[0]]}: prime_indices must be below {NUM_PRIMES}; got {k[bad[0]]}")
     if of_fillers.any():
-        _fail(where, f"row {rows[np.argmax(of_fillers)]}: a filler's prime index must be 0")
+        fail(where, f"row {rows[np.argmax(of_fillers)]}: a filler's prime index must be 0")
 
 
 def _check_fillers(rows: np.ndarray, deltas: np.ndarray, filler: np.ndarray, where: str) -> None:
@@ -292,7 +247,7 @@ def _check_fillers(rows: np.ndarray, deltas: np.ndarray, filler: np.ndarray, whe
     leads_on[:-1] = (rows[1:] == rows[:-1]) & np.where(padding[:-1], ~padding[1:], deltas[1:] != 0)
     bad = np.flatnonzero(filler & np.where(padding, leads_on, (deltas != 255) | ~leads_on))
     if bad.size:
-        _fail(
+        fail(
             where,
             f"row {rows[bad[0]]}: an entry of value 0 must have delta 255 and a stored weight after it, in a "
             f"later column, or delta 0 at the end of its row; got delta {deltas[bad[0]]}",

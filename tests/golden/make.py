@@ -67,6 +67,12 @@ def main(folder: Path) -> None:
         layers = {f"layers.{i}.w": MdCSR.from_dense(w * (i + 1), manifold=manifold) for i in range(2)}
         layers["aligned"] = MdCSR.from_dense(w.astype(ml_dtypes.bfloat16), manifold=manifold, row_alignment=8)
         save(folder / f"{manifold}.safetensors", layers | dense, **options)
+    # Of format version 2.1.
+    narrow = {
+        f"{index}.{bits}bits": MdCSR.from_dense(w, value_bits=bits, group_size=size, index=index)
+        for index, bits, size in (("delta8", 4, 32), ("mask", 4, 64), ("mask", 3, 64), ("dense", 3, 128))
+    }
+    save(folder / "narrow.safetensors", narrow | dense, **options)
     (folder / "sharded").mkdir()
     save(folder / "sharded" / "model.safetensors", layers | dense, **options, max_shard_bytes=8_000)
     (folder / "v1_protocol4.upg").write_bytes(pickle.dumps(v1_content(), protocol=4))

@@ -56,6 +56,7 @@ class Case:
     row_alignment: int = 1
     seed: int = 0
     index: str = "delta8"
+    value_bits: int = 8
 
     def __post_init__(self):
         _layer(self)  # at once, since arrays made while tracing would be tracers
@@ -63,7 +64,8 @@ class Case:
     def __str__(self) -> str:
         rows, columns = self.shape
         name = f"{self.structure}-{rows}x{columns}-{self.manifold}-{self.dtype}-align{self.row_alignment}"
-        return name if self.index == "delta8" else f"{name}-{self.index}"
+        name = name if self.index == "delta8" else f"{name}-{self.index}"
+        return name if self.value_bits == 8 else f"{name}-{self.value_bits}bits"
 
     @property
     def rng(self) -> np.random.Generator:
@@ -107,7 +109,14 @@ class Case:
 @functools.cache
 def _layer(case: Case) -> MdCSR:
     w = matrix(case.structure, case.shape, case.rng).astype(jnp.dtype(case.dtype))
-    return MdCSR.from_dense(w, manifold=case.manifold, row_alignment=case.row_alignment, index=case.index)
+    return MdCSR.from_dense(
+        w,
+        manifold=case.manifold,
+        row_alignment=case.row_alignment,
+        index=case.index,
+        value_bits=case.value_bits,
+        group_size=None if case.value_bits == 8 else 32,
+    )
 
 
 @functools.cache
@@ -136,6 +145,10 @@ _QUICK = {
 
 MASK_CASE = Case("empty_rows", (33, 67), "prime", "float32", 8, index="mask")
 DENSE_CASE = Case("random", (33, 67), "unit", "float32", 8, index="dense")
+NARROW_CASES = (
+    Case("empty_rows", (33, 67), "unit", "float32", 2, index="mask", value_bits=4),
+    Case("random", (33, 67), "unit", "float32", 8, index="dense", value_bits=3),
+)
 
 
 def _cases() -> list:
@@ -147,7 +160,7 @@ def _cases() -> list:
         case = Case(structure, shape, manifold, dtype, alignment)
         quick = str(case) in _QUICK
         params.append(pytest.param(case, id=str(case), marks=[] if quick else [pytest.mark.slow]))
-    params += [pytest.param(case, id=str(case)) for case in (MASK_CASE, DENSE_CASE)]
+    params += [pytest.param(case, id=str(case)) for case in (MASK_CASE, DENSE_CASE, *NARROW_CASES)]
     assert {p.id for p in params} >= _QUICK, "a quick case names none of the product"
     return params
 

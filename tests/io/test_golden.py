@@ -17,6 +17,7 @@ from upg_jax.io import convert_v1
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHA256 = {
+    "narrow.safetensors": "45e9657ef75b007dadd804f783a83a6661122f13ab8ff6d67ceb267c1b0bb77e",
     "prime.safetensors": "76a725660da16cc33a735ed45379210486dd05f1fe6ebcabbead60232102733f",
     "sharded/model-00001-of-00002.safetensors": "72c227b0eff724b4b3d84a4d316d737164c89f4c2b2b210123f25ede3bf25809",
     "sharded/model-00002-of-00002.safetensors": "8213de4666978d57a8405ce9a21142f7a503379d7818af716517ec054a876771",
@@ -75,6 +76,20 @@ def test_version_2_is_read_as_it_was_meant(name, manifold):
         half = 0.5 / 127 if manifold == "unit" else 2667 / (127 * 104729)
         bound = (half + 2**-23) * np.abs(original).max(axis=1, keepdims=True)
         assert (np.abs(decoded - original) <= bound).all()
+
+
+def test_values_of_fewer_than_8_bits_are_read_as_they_were_meant():
+    f = UPGDecompressor.from_safetensors(GOLDEN / "narrow.safetensors")
+    f.verify()
+    w = MAKE.weights()
+    for index, bits, size in (("delta8", 4, 32), ("mask", 4, 64), ("mask", 3, 64), ("dense", 3, 128)):
+        layer = f.get_layer(f"{index}.{bits}bits")
+        assert (layer.index, layer.value_bits, layer.group_size) == (index, bits, size)
+        decoded = oracle.decode_layer(layer)
+        np.testing.assert_array_equal(np.asarray(layer.to_dense(np.float32)), decoded)
+        # Half a level, or a largest weight that is clipped to half of what it was.
+        assert (np.abs(decoded - w) <= 0.5001 * np.abs(w).max(axis=1, keepdims=True)).all()
+        assert ((decoded != 0) <= (w != 0)).all()
 
 
 @pytest.mark.parametrize("name", ["unit.safetensors", "prime.safetensors"])

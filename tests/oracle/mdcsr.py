@@ -31,9 +31,32 @@ def columns_of(row, deltas, row_pointers, shape, index) -> list[int]:
     return [column for column in range(8 * row_bytes) if bits >> column & 1]
 
 
-def decode(values, deltas, scales, row_pointers, prime_indices, shape, index="delta8") -> np.ndarray:
+def values_of(values, bits) -> list[int]:
+    """The values in a plane: a little-endian stream of two's complement integers of so many bits."""
+    stream = int.from_bytes(np.asarray(values).tobytes(), "little")
+    found = []
+    for _ in range(8 * len(values) // bits):
+        stream, value = divmod(stream, 1 << bits)
+        found.append(value - (1 << bits) if value >= 1 << (bits - 1) else value)
+    return found
+
+
+def decode(
+    values,
+    deltas,
+    scales,
+    row_pointers,
+    prime_indices,
+    shape,
+    index="delta8",
+    value_bits=8,
+    group_size=None,
+    group_scales=None,
+) -> np.ndarray:
     """Planes of one layer -> float32 (out, in)."""
     out = np.zeros(shape, np.float32)
+    if value_bits != 8:
+        values = values_of(values, value_bits)
     for row in range(shape[0]):
         entries = range(int(row_pointers[row]), int(row_pointers[row + 1]))
         for i, column in zip(entries, columns_of(row, deltas, row_pointers, shape, index), strict=False):
@@ -41,6 +64,9 @@ def decode(values, deltas, scales, row_pointers, prime_indices, shape, index="de
             if prime_indices is not None:
                 level *= primes()[min(int(prime_indices[i]), 9_999)]
             if level and column < shape[1]:
+                if group_size is not None:
+                    groups = (shape[1] + group_size - 1) // group_size
+                    level *= int(group_scales[row * groups + column // group_size])
                 out[row, column] += np.float32(level)
     return out * np.asarray(scales, np.float32)[:, None]
 
@@ -51,11 +77,19 @@ def decode_layer(layer) -> np.ndarray:
         None if p is None else np.asarray(p)
         for p in (layer.values, layer.delta_indices, layer.scales, layer.row_pointers, layer.prime_indices)
     ]
+    multipliers = None if layer.group_scales is None else np.asarray(layer.group_scales)
+
+    def one(planes, multipliers):
+        statics = (layer.shape, layer.index, layer.value_bits, layer.group_size)
+        return decode(*planes, *statics, multipliers)
+
     if planes[0].ndim == 1:
-        return decode(*planes, layer.shape, layer.index)
+        return one(planes, multipliers)
     return np.stack(
         [
-            decode(*[None if p is None else p[s] for p in planes], layer.shape, layer.index)
+            one(
+                [None if p is None else p[s] for p in planes], None if multipliers is None else multipliers[s]
+            )
             for s in range(len(planes[0]))
         ]
     )

@@ -19,6 +19,7 @@ from oracle.mdcsr import decode_layer
 from upg_jax import MdCSR, UPGDecompressor, save, shard, stack
 from upg_jax._cut import PADDING, even_cut, pieces_in_order, pieces_of, take_columns, take_rows
 from upg_jax._mdcsr import PLANES
+from upg_jax._sharded import shard_as
 
 pytestmark = needs("shard_map")
 
@@ -48,16 +49,17 @@ def blocks_of(sharded):
     return [found[i][0] for i in range(BLOCKS)]
 
 
-def padded(w, dim):
-    """The matrix with zeros up to equal blocks."""
+def padded(w, dim, group_size):
+    """The matrix with zeros up to equal blocks, of whole groups of columns."""
     axis = -2 if dim == "out" else -1
-    missing = -w.shape[axis] % BLOCKS
+    missing = -w.shape[axis] % (BLOCKS * (group_size or 1 if dim == "in" else 1))
     return np.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, missing if axis == a else 0) for a in (-2, -1)])
 
 
 def check(layer, mesh, dim, *, same_bits=True):
     sharded = shard(layer, mesh, "model", dim)
-    expected = np.split(padded(decode_layer(layer), dim), BLOCKS, axis=-2 if dim == "out" else -1)
+    whole = padded(decode_layer(layer), dim, layer.group_size)
+    expected = np.split(whole, BLOCKS, axis=-2 if dim == "out" else -1)
     for block, part in zip(blocks_of(sharded), expected, strict=True):
         block.validate("full")
         assert block.shape == part.shape[-2:]
@@ -78,6 +80,9 @@ ENCODINGS = [
     for manifold, index, (shape, alignment) in itertools.product(
         ("unit", "prime"), ("delta8", "mask", "dense"), (((33, 67), 1), ((8, 136), 8))
     )
+] + [
+    Case("random", (33, 290), row_alignment=8, index=index, value_bits=bits)
+    for index, bits in itertools.product(("delta8", "mask", "dense"), (4, 3))
 ]
 
 
@@ -147,12 +152,13 @@ def test_equal_entries_beyond_the_format_still_add(mesh):
 def test_any_cut_and_the_way_back(rows, columns, blocks, density, data):
     seed = data.draw(st.integers(0, 2**32 - 1))
     index = data.draw(st.sampled_from(["delta8", "mask", "dense"]))
-    alignment = data.draw(st.sampled_from([1, 8]))
+    bits = data.draw(st.sampled_from([8, 4, 3]))
+    alignment = data.draw(st.sampled_from([None, 8]))
     w = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-    layer = MdCSR.from_dense(w, density=density, index=index, row_alignment=alignment)
+    layer = MdCSR.from_dense(w, density=density, index=index, row_alignment=alignment, value_bits=bits)
     layer = jax.tree.map(np.asarray, layer)
-    for take, size in ((take_rows, rows), (take_columns, columns)):
-        cut = even_cut(size, blocks)
+    for take, size, multiple in ((take_rows, rows, 1), (take_columns, columns, layer.group_size or 1)):
+        cut = even_cut(size, blocks, multiple)
         parts = [take(pieces_of(layer, runs), layer) for runs in cut]
         for part in parts:
             part.validate("full")
@@ -187,6 +193,9 @@ def test_what_cannot_be_cut_is_refused_by_name(mesh):
         shard(layer, mesh, "heads")
     with pytest.raises(ValueError, match=r"dim must be 'out' or 'in'; got 'rows'"):
         shard(layer, mesh, "model", "rows")
+    narrow = Case("random", (8, 130), row_alignment=2, value_bits=4).layer
+    with pytest.raises(ValueError, match="cut between groups of 32.*begin with column 33"):
+        shard_as(narrow, mesh, "model", "in", even_cut(130, BLOCKS))
     with pytest.raises(ValueError, match="needs concrete arrays"):
         jax.jit(lambda layer: shard(layer, mesh, "model"))(layer)
 

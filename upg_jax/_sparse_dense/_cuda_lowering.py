@@ -110,6 +110,8 @@ def _is_nothing(work: metal_ops.Work) -> bool:
 
 
 def _unfit(avals: Any, layout: Layout) -> str | None:
+    if layout.value_bits != 8:
+        return f"values of {layout.value_bits} bits have no kernel for NVIDIA GPUs"
     if layout.index != "delta8":
         return f"index {layout.index!r} has no kernel for NVIDIA GPUs; upg_jax.unpack makes it 'delta8'"
     if str(avals[0].dtype) not in _ELEMENTS:

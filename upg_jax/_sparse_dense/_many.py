@@ -61,7 +61,7 @@ def _split(flat: Sequence[Any], layouts: tuple[Layout, ...]) -> list[list[Any]]:
     """The scales and planes of each layer."""
     found, at = [], 0
     for layout in layouts:
-        count = 5 if layout.manifold == "prime" else 4
+        count = 5 if layout.manifold == "prime" or layout.value_bits != 8 else 4
         found.append(list(flat[at : at + count]))
         at += count
     return found

@@ -29,6 +29,8 @@ class Layout:
     row_alignment: int
     manifold: Manifold
     index: Index = "delta8"
+    value_bits: int = 8
+    group_size: int | None = None
 
 
 sparse_dense_p = Primitive("sparse_dense")
@@ -38,12 +40,15 @@ dense_sparse_p = Primitive("dense_sparse")
 def operands(layer: MdCSR) -> tuple[Layout, jax.Array, list[jax.Array]]:
     """Returns a layer's layout, scales and planes, with a stack axis on the arrays."""
     planes = [layer.row_pointers, layer.values, layer.delta_indices]
-    if layer.prime_indices is not None:
-        planes.append(layer.prime_indices)
+    planes += [plane for plane in (layer.prime_indices, layer.group_scales) if plane is not None]
     arrays = [jnp.asarray(array) for array in (layer.scales, *planes)]
     if layer.stack_size is None:
         arrays = [array[None] for array in arrays]
-    layout = Layout(layer.shape, layer.row_alignment, layer.manifold, layer.index)
+    layout = Layout(
+        *(layer.shape, layer.row_alignment, layer.manifold, layer.index),
+        value_bits=layer.value_bits,
+        group_size=layer.group_size,
+    )
     return layout, arrays[0], arrays[1:]
 
 

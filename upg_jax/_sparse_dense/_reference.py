@@ -19,6 +19,7 @@ from jax import lax
 from upg_jax._compat import unify_varying
 from upg_jax._primes import prime_table
 from upg_jax._sparse_dense._primitive import Layout
+from upg_jax._values import groups_of
 
 # More is faster still for one vector, but compiles longer and is slower for many.
 _UNROLL = 6
@@ -123,7 +124,7 @@ def _walk(
 
     `column` is int32 `(out,)`, `level` is float32 `(out,)` and 0 for rows that have ended (their column stays).
     """
-    row_pointers, values, columns, *primes = planes
+    row_pointers, values, columns, *factors = planes
     out_features, in_features = layout.shape
     if 0 in (out_features, in_features, values.shape[0], init.size):
         return init
@@ -134,7 +135,8 @@ def _walk(
     limit = in_features if layout.index == "mask" else jnp.max(lengths)
     steps = (limit + _UNROLL - 1) // _UNROLL
     mask = columns.reshape(out_features, -1) if layout.index == "mask" else None
-    table = jnp.asarray(prime_table().astype("float32")) if primes else None
+    table = jnp.asarray(prime_table().astype("float32")) if layout.manifold == "prime" else None
+    first_group = rows * groups_of(in_features, layout.group_size)
 
     def find(n: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Step `n`: `place` after it, the entries of all rows, which of them exist, and their columns.
@@ -156,13 +158,29 @@ def _walk(
         place, state = carry
         for u in range(_UNROLL):
             place, at, live, column = find(j * _UNROLL + u, place)
-            level = jnp.where(live, values.at[at].get(mode="clip"), 0).astype(jnp.float32)
+            level = jnp.where(live, _value(values, at, layout.value_bits), 0).astype(jnp.float32)
             if table is not None:
                 # Exact in float32: |q * P[k]| < 2**24. A gather clamps k to the table's last prime.
-                level *= table.at[primes[0].at[at].get(mode="clip")].get(mode="clip")
+                level *= table.at[factors[0].at[at].get(mode="clip")].get(mode="clip")
+            elif layout.group_size is not None:
+                # Exact in float32, too: |q * m| is at most 8 * 255.
+                group = first_group + column // layout.group_size
+                level *= factors[0].at[group].get(mode="clip").astype(jnp.float32)
             state = step(state, column, level)
         return place, state
 
     place = jnp.zeros(out_features, jnp.int32)
     place, init, *_ = unify_varying(place, init, *planes, *operands)
     return lax.fori_loop(0, steps, body, (place, init))[1]
+
+
+def _value(values: jax.Array, at: jax.Array, bits: int) -> jax.Array:
+    """The values of entries, from a stream of so many bits each; anything for an entry that does not exist."""
+    if bits == 8:
+        return values.at[at].get(mode="clip")
+    place = at % 8 * bits  # of the eight entries that fill whole bytes
+    byte, shift = at // 8 * bits + place // 8, place % 8
+    word = values.at[byte].get(mode="clip").astype(jnp.int32) & 255
+    if 8 % bits:
+        word |= values.at[byte + 1].get(mode="clip").astype(jnp.int32) << 8
+    return word << (32 - bits - shift) >> (32 - bits)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from upg_jax._encode import MAX_DELTA
+from upg_jax._entries import MAX_DELTA
 from upg_jax._errors import EncodingError
 from upg_jax._mdcsr import DTYPES
 from upg_jax._version import __version__

@@ -17,10 +17,12 @@ class TensorInfo:
         dtype: name of the dense tensor's dtype; the original's for a matrix.
         stored_bytes: bytes in the file, padding tails included.
         manifold: `"unit"` or `"prime"`; None for a dense tensor.
-        capacity: stored length of a matrix's planes, tail included; None for a dense tensor.
+        capacity: entries that a matrix's planes hold, tail included; None for a dense tensor.
         true_nnz: nonzero weights as the metadata claims them (`verify` counts); None for a dense tensor.
         row_alignment: of a matrix; None for a dense tensor.
         index: how a matrix's entries find their columns; None for a dense tensor.
+        value_bits: of a matrix's values; None for a dense tensor.
+        group_size: columns that share a multiplier; None with values of 8 bits and for a dense tensor.
     """
 
     name: str
@@ -33,6 +35,8 @@ class TensorInfo:
     true_nnz: int | None = None
     row_alignment: int | None = None
     index: str | None = None
+    value_bits: int | None = None
+    group_size: int | None = None
 
     @property
     def num_weights(self) -> int:

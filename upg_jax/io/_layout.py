@@ -11,6 +11,7 @@ holes. The same planes of matrices whose names differ only in integer components
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from upg_jax._encode import MAX_ENTRIES
+from upg_jax._entries import MAX_ENTRIES
 from upg_jax._errors import FormatError
-from upg_jax._mdcsr import Manifold, MdCSR
+from upg_jax._mdcsr import MdCSR
 from upg_jax._validate import check_scales, validate
+from upg_jax._values import count_nonzero
 from upg_jax.io._header import CODE_OF, METADATA_KEY, check_text
 from upg_jax.io._metadata import PADDING_PREFIX, MatrixFacts
 
@@ -121,10 +123,11 @@ def _describe_leaf(key: str, leaf: Any) -> Iterator[Item]:
             shape=leaf.shape,
             manifold=leaf.manifold,
             row_alignment=leaf.row_alignment,
-            true_nnz=int(np.count_nonzero(values[at])),
+            true_nnz=count_nonzero(values[at], leaf.value_bits),
             index=leaf.index,
             value_bits=leaf.value_bits,
             dtype=leaf.dtype,
+            group_size=leaf.group_size,
         )
         yield Item(key, index, facts, owned=int(pointers[(*at, -1)]))
 
@@ -171,9 +174,9 @@ def _with_lengths(group: list[Item]) -> list[Item]:
     if facts is None:
         return group
     group = sorted(group, key=_numbers)
-    small = max(SMALL_ALIGNMENT, facts.row_alignment)
+    small = max(_entries_in(SMALL_ALIGNMENT, facts.value_bits), facts.row_alignment)
     own = [_round_up(item.owned, small) for item in group]
-    for unit in (_large_unit(max(own), facts.manifold), small):
+    for unit in (_large_unit(max(own), facts), small):
         common = _round_up(max(own), max(unit, small))
         if common * len(group) <= _WORTH_PADDING * sum(own):
             own = [common] * len(group)
@@ -187,12 +190,17 @@ def _with_lengths(group: list[Item]) -> list[Item]:
     return [dataclasses.replace(item, length=length) for item, length in zip(group, own, strict=True)]
 
 
-def _large_unit(length: int, manifold: Manifold) -> int:
+def _large_unit(length: int, facts: MatrixFacts) -> int:
     """Entries that a length must be a multiple of, so that large planes end where the next may start."""
-    for entry_bytes in (1, 2) if manifold == "prime" else (1,):
-        if length * entry_bytes >= LARGE_ALIGNMENT:
-            return LARGE_ALIGNMENT // entry_bytes
+    for bits in (facts.value_bits, 8, 16) if facts.manifold == "prime" else (facts.value_bits, 8):
+        if length * bits >= 8 * LARGE_ALIGNMENT:
+            return _entries_in(LARGE_ALIGNMENT, bits)
     return 1
+
+
+def _entries_in(nbytes: int, bits: int) -> int:
+    """The fewest entries of so many bits that are whole multiples of so many bytes."""
+    return 8 * nbytes // math.gcd(8 * nbytes, bits)
 
 
 def _round_up(n: int, multiple: int) -> int:

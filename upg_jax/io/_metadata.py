@@ -8,14 +8,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from upg_jax._encode import MAX_ENTRIES
+from upg_jax._entries import MAX_ENTRIES
 from upg_jax._errors import FormatError
 from upg_jax._index import INDEXES, Index, index_bytes
 from upg_jax._mdcsr import DTYPES, PLANES, Manifold
+from upg_jax._values import GROUP_SIZES, VALUE_BITS, groups_of, value_bytes
 from upg_jax.io._header import StoredTensor, show, strict_json
 
 FORMAT = "upg-mdcsr"
 VERSION = "2.0"
+NARROW_VERSION = "2.1"  # of files that have values of fewer than 8 bits
 RESERVED = ("format", "version", "mdcsr", "model", "provenance")
 PADDING_PREFIX = "__padding__."
 
@@ -31,6 +33,7 @@ class MatrixFacts:
     index: Index
     value_bits: int
     dtype: str
+    group_size: int | None = None
 
     @property
     def padded_planes(self) -> tuple[str, ...]:
@@ -40,14 +43,21 @@ class MatrixFacts:
     def plane_shapes(self, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Safetensors dtype and shape of each plane, the bulky ones first, for planes of `length` entries."""
         planes: dict[str, tuple[str, tuple[int, ...]]] = {
-            "values": ("I8", (length,)),
+            "values": ("I8", (value_bytes(length, self.value_bits),)),
             "delta_indices": ("U8", (index_bytes(self.index, self.shape, length),)),
         }
         if self.manifold == "prime":
             planes["prime_indices"] = ("U16", (length,))
+        if self.group_size is not None:
+            planes["group_scales"] = ("U8", (self.shape[0] * groups_of(self.shape[1], self.group_size),))
         planes["scales"] = ("F32", (self.shape[0],))
         planes["row_pointers"] = ("U32", (self.shape[0] + 1,))
         return planes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; without a group size where there are no groups."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,8 +77,9 @@ def to_strings(
     provenance: dict[str, Any] | None,
 ) -> dict[str, str]:
     """Builds `__metadata__`; the caller has checked `metadata`."""
-    strings = {"format": FORMAT, "version": VERSION}
-    strings["mdcsr"] = json.dumps({name: dataclasses.asdict(facts) for name, facts in matrices.items()})
+    narrow = any(facts.value_bits != 8 for facts in matrices.values())
+    strings = {"format": FORMAT, "version": NARROW_VERSION if narrow else VERSION}
+    strings["mdcsr"] = json.dumps({name: facts.to_json() for name, facts in matrices.items()})
     for key, value in (("model", model), ("provenance", provenance)):
         if value is not None:
             try:
@@ -116,13 +127,14 @@ def _json_object(metadata: dict[str, str], key: str, path: object) -> dict[str, 
 
 def _matrix(name: str, entry: Any, path: object) -> MatrixFacts:
     where = f"{path}: metadata of {show(name)}"
-    keys = [field.name for field in dataclasses.fields(MatrixFacts)]
+    keys = [field.name for field in dataclasses.fields(MatrixFacts) if field.name != "group_size"]
     if not isinstance(entry, dict) or not entry.keys() >= set(keys):
         raise FormatError(f"{where}: must be a JSON object with {', '.join(keys)}; got {show(entry)}")
-    if entry["index"] not in INDEXES or type(entry["value_bits"]) is not int or entry["value_bits"] != 8:
+    bits = entry["value_bits"]
+    if entry["index"] not in INDEXES or type(bits) is not int or bits not in VALUE_BITS:
         raise FormatError(
-            f"{where}: this build reads index {', '.join(map(repr, INDEXES))} with value_bits 8; got "
-            f"{show(entry['index'])} with {show(entry['value_bits'])}; upgrade upg_jax"
+            f"{where}: this build reads index {', '.join(map(repr, INDEXES))} with value_bits "
+            f"{', '.join(map(str, VALUE_BITS))}; got {show(entry['index'])} with {show(bits)}; upgrade upg_jax"
         )
     rules = {
         "shape": ("two integers below 2**31", _is_shape),
@@ -134,7 +146,17 @@ def _matrix(name: str, entry: Any, path: object) -> MatrixFacts:
     for key, (rule, holds) in rules.items():
         if not holds(entry[key]):
             raise FormatError(f"{where}: {key} must be {rule}; got {show(entry[key])}")
-    return MatrixFacts(**{key: entry[key] for key in keys} | {"shape": tuple(entry["shape"])})
+    values = {key: entry[key] for key in keys} | {"shape": tuple(entry["shape"])}
+    if bits != 8:
+        values["group_size"] = entry.get("group_size")
+        if type(values["group_size"]) is not int or values["group_size"] not in GROUP_SIZES:
+            raise FormatError(
+                f"{where}: group_size must be one of {', '.join(map(str, GROUP_SIZES))} with value_bits {bits}; got "
+                f"{show(values['group_size'])}"
+            )
+    if bits != 8 and entry["manifold"] != "unit":
+        raise FormatError(f"{where}: the {entry['manifold']} manifold has value_bits 8; got {bits}")
+    return MatrixFacts(**values)
 
 
 def _is_count(value: object) -> bool:
@@ -153,13 +175,16 @@ def check_planes(stored: Mapping[str, StoredTensor], name: str, facts: MatrixFac
     """
     where = f"{path}: tensor {show(name)}"
     values = stored.get(f"{name}.values")
-    length = values.shape[0] if values is not None and len(values.shape) == 1 else 0
+    length = values.shape[0] * 8 // facts.value_bits if values is not None and len(values.shape) == 1 else 0
     expected = facts.plane_shapes(length)
     for plane in PLANES:
         tensor = stored.get(f"{name}.{plane}")
         if plane not in expected:
             if tensor is not None:
-                raise FormatError(f"{where}: the unit manifold has no {plane}; the file has them")
+                has_none = (
+                    f"value_bits {facts.value_bits}" if plane == "group_scales" else "the unit manifold"
+                )
+                raise FormatError(f"{where}: {has_none} has no {plane}; the file has them")
             continue
         if tensor is None:
             raise FormatError(f"{where}: the metadata lists it but {plane} is missing")

@@ -99,6 +99,7 @@ class UPGDecompressor:
         if name in self._matrices:
             file, facts = self._matrices[name]
             planes = [file.header.tensors[f"{name}.{plane}"] for plane in facts.plane_shapes(0)]
+            values = planes[0].shape[0]
             return TensorInfo(
                 name=name,
                 kind="mdcsr",
@@ -106,10 +107,12 @@ class UPGDecompressor:
                 dtype=facts.dtype,
                 stored_bytes=sum(plane.nbytes for plane in planes),
                 manifold=facts.manifold,
-                capacity=planes[0].shape[0],
+                capacity=values * 8 // facts.value_bits,
                 true_nnz=facts.true_nnz,
                 row_alignment=facts.row_alignment,
                 index=facts.index,
+                value_bits=facts.value_bits,
+                group_size=facts.group_size,
             )
         tensor = self._find(self._dense, name).header.tensors[name]
         dtype = DTYPES[tensor.dtype][1]
@@ -307,4 +310,5 @@ def _layer(planes: dict[str, np.ndarray], facts: MatrixFacts) -> MdCSR:
         dtype=facts.dtype,
         index=facts.index,
         value_bits=facts.value_bits,
+        group_size=facts.group_size,
     )

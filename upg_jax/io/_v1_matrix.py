@@ -8,12 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from upg_jax._encode import (
-    MAX_ENTRIES,
-    EncodedRows,
-    assemble,
-    encode_entries,
-)
+from upg_jax._entries import MAX_ENTRIES, EncodedRows, assemble, encode_entries
 from upg_jax._errors import EncodingError, FormatError
 from upg_jax._index import row_chunks
 from upg_jax._mdcsr import Manifold, MdCSR

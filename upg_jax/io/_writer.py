@@ -14,6 +14,7 @@ import numpy as np
 
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import MdCSR
+from upg_jax._values import value_bytes
 from upg_jax.io._atomic import replacing
 from upg_jax.io._header import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, check_text
 from upg_jax.io._layout import Item, Placed, data_alignment, describe, place, stored_bytes
@@ -215,7 +216,9 @@ def _fetch(tensor: Placed, leaf: Any) -> np.ndarray:
         if item.index is not None:
             leaf = leaf[item.index]
         if tensor.plane in item.facts.padded_planes:
-            leaf, shape = leaf[: item.owned], (item.owned,)
+            bits = item.facts.value_bits if tensor.plane == "values" else 8
+            shape = (value_bytes(item.owned, bits),)
+            leaf = leaf[: shape[0]]
     array = np.asarray(leaf)
     if array.shape != shape or array.dtype != DTYPES[tensor.dtype][1]:
         raise FormatError(

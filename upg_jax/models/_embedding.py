@@ -17,7 +17,8 @@ def is_rows(weight: Any) -> bool:
     """Whether rows of a matrix can be looked up: it is an array, or int8 with an entry for every column."""
     if not isinstance(weight, MdCSR):
         return True
-    return weight.index == "dense" and weight.manifold == "unit" and weight.stack_size is None
+    int8 = weight.manifold == "unit" and weight.value_bits == 8
+    return int8 and weight.index == "dense" and weight.stack_size is None
 
 
 def decoded_rows(weight: Any, dtype: Any) -> Any:

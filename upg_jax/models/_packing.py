@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upg_jax._encode import MAX_ENTRIES
+from upg_jax._entries import MAX_ENTRIES
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import STATIC_FIELDS, MdCSR
 from upg_jax._pack import pack
+from upg_jax._values import value_bytes
 from upg_jax.models._decoder import Params
 from upg_jax.models._linear import Linears, joined
 from upg_jax.models._names import ATTENTION_INPUTS, EXPERT_INPUTS, MLP_INPUTS
@@ -105,9 +106,13 @@ def join_rows(matrices: Sequence[MdCSR]) -> MdCSR:
 
     def join(plane: str) -> np.ndarray:
         # Tails that no row owns would lie between rows.
-        cut = plane in ("values", "prime_indices") or matrices[0].index == "delta8"
+        columns = plane == "delta_indices" and matrices[0].index == "delta8"
+        cut = columns or plane in ("values", "prime_indices")
+        bits = matrices[0].value_bits if plane == "values" else 8
         planes = [np.asarray(getattr(matrix, plane)) for matrix in matrices]
-        return np.concatenate([p[:n] if cut else p for p, n in zip(planes, lengths, strict=True)])
+        return np.concatenate(
+            [p[: value_bytes(n, bits)] if cut else p for p, n in zip(planes, lengths, strict=True)]
+        )
 
     pointers = [
         np.asarray(m.row_pointers).astype(np.int64) + at for m, at in zip(matrices, starts, strict=True)
@@ -118,6 +123,7 @@ def join_rows(matrices: Sequence[MdCSR]) -> MdCSR:
         values=join("values"),
         delta_indices=join("delta_indices"),
         prime_indices=None if matrices[0].prime_indices is None else join("prime_indices"),
-        scales=np.concatenate([np.asarray(matrix.scales) for matrix in matrices]),
+        scales=join("scales"),
+        group_scales=None if matrices[0].group_scales is None else join("group_scales"),
         row_pointers=np.concatenate([[0], *(p[1:] for p in pointers)]).astype(np.uint32),
     )

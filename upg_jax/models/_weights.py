@@ -109,9 +109,10 @@ def load_params(
         if isinstance(array, MdCSR):
             if not is_rows(array):
                 raise CheckpointError(
-                    f"{source.where}: tensor {name!r} is compressed with index {array.index!r} on the {array.manifold} "
-                    "manifold; rows are looked up in it, so it must be dense, or have index 'dense' on the unit "
-                    "manifold; compress the model with --embedding int8 or float"
+                    f"{source.where}: tensor {name!r} is compressed with index {array.index!r} and "
+                    f"{array.value_bits}-bit values on the {array.manifold} manifold; rows are looked up in it, so it "
+                    "must be dense, or have index 'dense' and 8-bit values on the unit manifold; compress the model "
+                    "with --embedding int8 or float"
                 )
             return array
         return jnp.asarray(array, dtype if tied else None)
