@@ -202,7 +202,9 @@ def check_groups(cut: Cut, group_size: int | None) -> None:
     Raises:
         ValueError: if it does not.
     """
-    for runs in cut if group_size else ():
+    if group_size is None:
+        return
+    for runs in cut:
         starts = np.cumsum([0, *(count for _, count in runs)])
         for (first, _), start in zip(runs, starts.tolist(), strict=False):
             if first != PADDING and (first % group_size or start % group_size):

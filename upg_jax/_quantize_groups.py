@@ -40,9 +40,9 @@ def quantize_rows(
     rows, columns = w.shape
     scales = scales_of(np.abs(w).max(axis=1, initial=0.0), "unit", first_row, value_bits=value_bits)
     groups = groups_of(columns, group_size)
-    grouped = np.zeros((rows, groups * group_size), np.float32)
-    np.divide(w, scales[:, None], out=grouped[:, :columns], where=scales[:, None] > 0)
-    grouped = grouped.reshape(rows, groups, group_size)
+    targets = np.zeros((rows, groups * group_size), np.float32)
+    np.divide(w, scales[:, None], out=targets[:, :columns], where=scales[:, None] > 0)
+    grouped = targets.reshape(rows, groups, group_size)
     multipliers = choose_multipliers(grouped, value_bits, np)
     q = quantize(grouped, multipliers[..., None], value_bits, np)
     return (

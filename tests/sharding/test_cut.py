@@ -194,7 +194,7 @@ def test_what_cannot_be_cut_is_refused_by_name(mesh):
     with pytest.raises(ValueError, match=r"dim must be 'out' or 'in'; got 'rows'"):
         shard(layer, mesh, "model", "rows")
     narrow = Case("random", (8, 130), row_alignment=2, value_bits=4).layer
-    with pytest.raises(ValueError, match="cut between groups of 32.*begin with column 33"):
+    with pytest.raises(ValueError, match=r"cut between groups of 32.*begin with column 33"):
         shard_as(narrow, mesh, "model", "in", even_cut(130, BLOCKS))
     with pytest.raises(ValueError, match="needs concrete arrays"):
         jax.jit(lambda layer: shard(layer, mesh, "model"))(layer)

@@ -76,6 +76,20 @@ def compress(
             help="Store each matrix in the form that is smallest at its density, and fast on a CPU as it lies.",
         ),
     ] = False,
+    value_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of a kept weight: 8, or 4 or 3 with a multiplier for each group of columns; each matrix is then "
+            "stored in the form that is smallest at its density."
+        ),
+    ] = 8,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns of a group with --value-bits 4 or 3: 32, 64 or 128. Default: 64.",
+            show_default=False,
+        ),
+    ] = None,
     spill: Annotated[
         bool, typer.Option("--spill", help="Keep calibration's activations in files instead of in memory.")
     ] = False,
@@ -106,6 +120,8 @@ def compress(
         rules=tuple(rules),
         embedding=embedding,  # type: ignore[arg-type]
         pack=pack,
+        value_bits=value_bits,
+        group_size=group_size,
     )
     checkpoint = open_checkpoint(source)
     planned = plan(checkpoint, settings)
@@ -216,6 +232,8 @@ def _tensors_as_dicts(result: Plan | Report) -> list[dict[str, Any]]:
             "shape": t.shape,
             "density": t.density,
             "index": t.encoding and t.encoding.index,
+            "value_bits": t.encoding and t.encoding.value_bits,
+            "group_size": t.encoding and t.encoding.group_size,
             "bytes": t.nbytes,
             "bits_per_weight": t.bits_per_weight,
         }

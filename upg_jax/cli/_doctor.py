@@ -128,6 +128,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "sparse_dense": {
             "lowering": backend,
             "because": reason,
+            "4 or 3 bits": "reference: no kernels for values of fewer than 8 bits in this version",
             "UPG_JAX_BACKEND": os.environ.get("UPG_JAX_BACKEND", "not set"),
             **{f"{name} backend": unavailable_reason(name) or "usable" for name in BACKENDS},
         },

@@ -36,7 +36,7 @@ def inspect(
 
     table = Table()
     table.add_column("tensor", overflow="fold")
-    for header in ("shape", "dtype", "manifold", "index"):
+    for header in ("shape", "dtype", "manifold", "index", "values"):
         table.add_column(header)
     for header in ("density", "bits per weight", "stored"):
         table.add_column(header, justify="right")
@@ -47,6 +47,7 @@ def inspect(
             i.dtype,
             i.manifold or "dense",
             i.index or "",
+            "" if i.value_bits is None else _bits(i),
             "" if i.true_nnz is None else f"{i.true_nnz / max(i.num_weights, 1):.3f}",
             f"{i.bits_per_weight:.2f}",
             human_bytes(i.stored_bytes),
@@ -66,13 +67,19 @@ def summarize(infos: Sequence[TensorInfo]) -> dict[str, Any]:
     by_index: dict[str, list[TensorInfo]] = {}
     for info in infos:
         if info.index is not None:
-            by_index.setdefault(info.index, []).append(info)
+            narrow = "" if info.value_bits == 8 else f" and {_bits(info)}"
+            by_index.setdefault(info.index + narrow, []).append(info)
     return {
         "tensors": len(infos),
         "compressed": sum(map(len, by_index.values())),
         "stored_bytes": sum(i.stored_bytes for i in infos),
         "by_index": {index: _totals(found) for index, found in by_index.items()},
     }
+
+
+def _bits(info: TensorInfo) -> str:
+    groups = "" if info.group_size is None else f" in groups of {info.group_size}"
+    return f"{info.value_bits} bits{groups}"
 
 
 def _totals(infos: Sequence[TensorInfo]) -> dict[str, Any]:

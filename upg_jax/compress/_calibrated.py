@@ -14,7 +14,9 @@ import numpy as np
 
 from upg_jax._decode import to_dense
 from upg_jax._errors import EncodingError
+from upg_jax._index import dense_row_entries
 from upg_jax._mdcsr import MdCSR
+from upg_jax._values import value_bytes
 from upg_jax.compress._activations import OnDisk, run_network
 from upg_jax.compress._calibration import Calibration
 from upg_jax.compress._methods import compress_matrix
@@ -98,10 +100,12 @@ def _dense(matrix: MdCSR | np.ndarray) -> jax.Array:
     if not isinstance(matrix, MdCSR):
         return jnp.asarray(matrix, jnp.float32)
     # Matrices of one shape differ in their entries; at one capacity they share a compiled program.
-    tail = (0, matrix.num_weights - matrix.capacity)
+    rows, columns = matrix.shape
+    capacity = rows * dense_row_entries(columns, matrix.row_alignment)
+    tail = (0, capacity - matrix.capacity)
     padded = dataclasses.replace(
         matrix,
-        values=np.pad(matrix.values, tail),
+        values=np.pad(matrix.values, (0, value_bytes(tail[1], matrix.value_bits))),
         delta_indices=np.pad(matrix.delta_indices, tail)
         if matrix.index == "delta8"
         else matrix.delta_indices,

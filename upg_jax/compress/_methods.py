@@ -29,21 +29,30 @@ def compress_matrix(w: np.ndarray, encoding: Encoding, settings: Settings, input
     if encoding.tokens or settings.method == "magnitude":
         pattern = "layer" if encoding.tokens else settings.counted
         mask = prune_mask(w, encoding.density, pattern=pattern)
-        return encode_dense(w, mask=mask, manifold=encoding.manifold, index=encoding.index)
+        return _encode(w, mask, encoding)
     assert inputs is not None
     if settings.method == "wanda":
         mask = prune_mask(w, encoding.density, "wanda", norms=inputs.norms, pattern=settings.counted)
-        return encode_dense(w, mask=mask, manifold=encoding.manifold, index=encoding.index)
+        return _encode(w, mask, encoding)
     return _by_sparsegpt(w, encoding, Pattern.parse(settings.counted), inputs)
+
+
+def _encode(w: np.ndarray, mask: np.ndarray, encoding: Encoding) -> MdCSR:
+    return encode_dense(
+        w,
+        mask=mask,
+        manifold=encoding.manifold,
+        index=encoding.index,
+        value_bits=encoding.value_bits,
+        group_size=encoding.group_size,
+    )
 
 
 def _by_sparsegpt(w: np.ndarray, encoding: Encoding, pattern: Pattern, inputs: Inputs) -> MdCSR:
     dense = np.asarray(w, np.float32)
-    if encoding.manifold == "prime":
+    if encoding.manifold == "prime" or encoding.value_bits != 8:
         pruned = prune(dense, inputs.factor, encoding.density, pattern, None)
-        return encode_dense(
-            pruned.weights.astype(w.dtype), mask=pruned.mask, manifold="prime", index=encoding.index
-        )
+        return _encode(pruned.weights.astype(w.dtype), pruned.mask, encoding)
     scales = scales_of(np.abs(dense).max(axis=1, initial=0.0), "unit")
     pruned = prune(dense, inputs.factor, encoding.density, pattern, scales)
     assert pruned.levels is not None

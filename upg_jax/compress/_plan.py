@@ -10,7 +10,9 @@ import numpy as np
 
 from upg_jax._entries import MAX_DELTA
 from upg_jax._errors import EncodingError
+from upg_jax._index import dense_row_entries
 from upg_jax._mdcsr import DTYPES
+from upg_jax._values import smallest_alignment
 from upg_jax._version import __version__
 from upg_jax.compress._calibration import Calibration
 from upg_jax.compress._prune import Method
@@ -190,20 +192,26 @@ def _item(
         return Item(name, dtype=CODE_OF[dtype], shape=shape, nbytes=weights * dtype.itemsize)
     rows, columns = shape
     entries = round(encoding.density * weights)
+    alignment = smallest_alignment(encoding.value_bits)
     facts = MatrixFacts(
         shape=(rows, columns),
         manifold=encoding.manifold,
-        row_alignment=1,
+        row_alignment=alignment,
         true_nnz=entries,
         index=encoding.index,
-        value_bits=8,
+        value_bits=encoding.value_bits,
         dtype="float32" if dtype == np.float64 else str(dtype),
+        group_size=encoding.group_size,
     )
     if encoding.index == "dense":
-        return Item(name, facts=facts, owned=weights)
+        return Item(name, facts=facts, owned=rows * dense_row_entries(columns, alignment))
     # A row's gaps add up to at most columns - 1, and a filler stands for 255 of them.
     fillers = rows * max(columns - 1, 0) // MAX_DELTA if most else 0
-    return Item(name, facts=facts, owned=entries + min(fillers, weights - entries))
+    owned = entries + min(fillers, weights - entries)
+    # Rows of equal length need no more than this; of others, each may end with almost a whole unit of padding.
+    per_row = -(-owned // max(rows, 1))
+    padded = owned + rows * (alignment - 1) if most else rows * dense_row_entries(per_row, alignment)
+    return Item(name, facts=facts, owned=owned if alignment == 1 else padded - padded % -alignment)
 
 
 def _warnings(tensors: list[TensorPlan], method: Method) -> list[str]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
+from upg_jax._encode import checked_group_size
 from upg_jax._errors import EncodingError
 from upg_jax._index import Index
 from upg_jax._mdcsr import MANIFOLDS, Manifold
@@ -35,12 +36,16 @@ class Encoding:
         manifold: of the kept weights.
         index: how entries find their columns.
         tokens: it is the token embedding or the head, as int8 rows.
+        value_bits: of the kept weights.
+        group_size: columns that share a multiplier; None with values of 8 bits.
     """
 
     density: float
     manifold: Manifold
     index: Index = "delta8"
     tokens: bool = False
+    value_bits: int = 8
+    group_size: int | None = None
 
 
 _INT8_ROWS = Encoding(1.0, "unit", "dense", tokens=True)
@@ -107,7 +112,10 @@ class Settings:
             unpruned, or `"float"`, as they are. None stands for `"int8"` on the unit manifold and for `"float"` on
             the prime manifold, whose promise is exactness.
         pack: store each matrix with the `index` that takes the least space at its density, which is about what
-            multiplies fastest on a CPU, and needs no packing when it is loaded; not always with `"delta8"`.
+            multiplies fastest on a CPU, and needs no packing when it is loaded; not always with `"delta8"`. Values of
+            fewer than 8 bits are stored so in any case.
+        value_bits: 8, or 4 or 3 with multipliers for groups of columns, on the unit manifold.
+        group_size: columns of a group with values of fewer than 8 bits, 32, 64 or 128; None stands for 64.
     """
 
     density: float
@@ -117,6 +125,8 @@ class Settings:
     rules: tuple[Rule, ...] = ()
     embedding: Embedding | None = None
     pack: bool = False
+    value_bits: int = 8
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_density(self.density)
@@ -129,6 +139,7 @@ class Settings:
                 constraint.check_density(density)
         if self.manifold not in MANIFOLDS:
             raise EncodingError(f"settings: manifold must be one of {MANIFOLDS}; got {self.manifold!r}")
+        checked_group_size(self.value_bits, self.group_size, self.manifold, "settings")
 
     def encodings(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Encoding | None]:
         """Applies the rules.
@@ -161,7 +172,19 @@ class Settings:
         return self._pruned(self.density) if prunable and not _DENSE_BY_DEFAULT.search(name) else None
 
     def _pruned(self, density: float) -> Encoding:
-        return Encoding(density, self.manifold, _smallest(density, self.manifold) if self.pack else "delta8")
+        narrow = self.value_bits != 8
+        return Encoding(
+            density,
+            self.manifold,
+            _smallest(density, self.manifold, self.value_bits) if self.pack or narrow else "delta8",
+            value_bits=self.value_bits,
+            group_size=self.groups,
+        )
+
+    @property
+    def groups(self) -> int | None:
+        """Columns of a group, the default if none was given; None with values of 8 bits."""
+        return checked_group_size(self.value_bits, self.group_size, self.manifold, "settings")
 
     @property
     def counted(self) -> str:
@@ -185,12 +208,13 @@ class Settings:
             ],
             "embedding": self.token_embedding,
             "pack": self.pack,
+            **({} if self.value_bits == 8 else {"value_bits": self.value_bits, "group_size": self.groups}),
         }
 
 
-def _smallest(density: float, manifold: Manifold) -> Index:
+def _smallest(density: float, manifold: Manifold, value_bits: int) -> Index:
     """The index that takes the fewest bits per weight: those of an entry times density, and a mask's one."""
-    entry = 8 if manifold == "unit" else 24
+    entry = value_bits if manifold == "unit" else 24
     bits: dict[Index, float] = {"delta8": (entry + 8) * density, "mask": entry * density + 1, "dense": entry}
     return min(bits, key=bits.__getitem__)
 

@@ -1,0 +1,141 @@
+"""Checkpoints compressed to values of 4 and 3 bits: sizes, provenance, forms, and the model that comes out."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from small_models import llama
+from typer.testing import CliRunner
+
+from upg_jax import EncodingError, MdCSR, UPGDecompressor
+from upg_jax.cli._app import app
+from upg_jax.compress import Settings, compress_checkpoint, plan
+from upg_jax.inference import UPGModel
+from upg_jax.io import open_checkpoint
+from upg_jax.models import forward
+from upg_jax.models._packing import can_join, join_rows
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("narrow") / "hf"
+    return llama.write_hugging_face(path, llama.weights(), dtype=ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def compressed(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("narrow") / "out"
+    return compress_checkpoint(source, out, Settings(density=0.5, value_bits=4, group_size=32))
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (3, 128)])
+def test_sizes_are_exact_where_rows_are_equal_and_no_kept_weight_rounds_to_zero(
+    source, tmp_path, bits, group_size
+):
+    checkpoint = open_checkpoint(source)
+    settings = Settings(density=0.25, pattern="row", value_bits=bits, group_size=group_size)
+    planned = plan(checkpoint, settings)
+    report = compress_checkpoint(checkpoint, tmp_path / "out", settings)
+    assert planned.file_bytes == report.file_bytes
+    assert [(t.name, t.nbytes) for t in planned.tensors] == [(t.name, t.nbytes) for t in report.tensors]
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+def test_no_result_is_larger_than_announced(source, tmp_path, bits, density):
+    checkpoint = open_checkpoint(source)
+    settings = Settings(density=density, value_bits=bits)
+    planned = plan(checkpoint, settings)
+    report = compress_checkpoint(checkpoint, tmp_path / "out", settings)
+    assert report.file_bytes <= planned.max_file_bytes
+    for ours, theirs in zip(planned.tensors, report.tensors, strict=True):
+        assert theirs.nbytes <= 1.05 * ours.max_nbytes
+
+
+@pytest.mark.parametrize(
+    ("density", "bits", "index"),
+    [(0.05, 4, "delta8"), (0.5, 4, "mask"), (1.0, 4, "dense"), (0.7, 3, "dense"), (0.6, 3, "mask")],
+)
+def test_the_smallest_form_is_chosen(density, bits, index):
+    settings = Settings(density=density, value_bits=bits)
+    (found,) = settings.encodings({"a_proj.weight": (8, 8)}).values()
+    assert (found.index, found.value_bits, found.group_size) == (index, bits, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"value_bits": 5}, "settings: value_bits must be one of"),
+        ({"value_bits": 4, "manifold": "prime"}, "settings: values of 4 bits are for the unit manifold"),
+        ({"value_bits": 4, "group_size": 16}, "settings: group_size must be one of"),
+        ({"group_size": 64}, "settings: group_size is for values of 4 or 3 bits"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, said):
+    with pytest.raises(EncodingError, match=said):
+        Settings(density=0.5, **settings)
+
+
+def test_a_file_says_how_it_was_made_and_what_it_holds(compressed, source):
+    with UPGDecompressor.from_safetensors(compressed.path) as f:
+        f.verify()
+        settings = f.provenance["settings"]
+        assert (settings["value_bits"], settings["group_size"]) == (4, 32)
+        name = "model.layers.1.mlp.up_proj.weight"
+        w = open_checkpoint(source).read(name)
+        original = MdCSR.from_dense(w, density=0.5, value_bits=4, group_size=32, index="mask")
+        np.testing.assert_array_equal(f.decompress_layer(name), original.to_dense())
+        assert f.info("model.embed_tokens.weight").value_bits == 8
+
+
+def test_the_model_computes_what_its_decoded_matrices_do(compressed):
+    model = UPGModel.from_file(compressed.path)
+    layers = {
+        key: tuple(value.to_dense(jnp.float32)) if isinstance(value, MdCSR) else value
+        for key, value in model.params["layers"].items()
+    }
+    assert any(
+        isinstance(value, MdCSR) and value.value_bits == 4 for value in model.params["layers"].values()
+    )
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, llama.VOCABULARY, (2, 9)))
+    compute = jax.jit(forward, static_argnames="config")
+    expected = compute({**model.params, "layers": layers}, model.config, ids)[0]
+    np.testing.assert_allclose(compute(model.params, model.config, ids)[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("index", ["delta8", "mask", "dense"])
+def test_joined_rows_are_the_rows_in_order(index, bits):
+    w = np.random.default_rng(0).normal(size=(18, 150)).astype(np.float32)
+    options = {"value_bits": bits, "index": index, "capacity": 9600}
+    parts = [MdCSR.from_dense(w[a:b], **options) for a, b in ((0, 9), (9, 10), (10, 18))]
+    parts = [jax.tree.map(np.asarray, part) for part in parts]
+    assert can_join(parts)
+    joined = join_rows(parts).validate("full")
+    np.testing.assert_array_equal(joined.to_dense(), MdCSR.from_dense(w, value_bits=bits).to_dense())
+
+
+def test_the_commands_know_them(source, tmp_path):
+    options = ("--density", "0.5", "--value-bits", "4", "--group-size", "32", "--json")
+    planned = json.loads(run("compress", source, tmp_path / "out", *options, "--dry-run"))
+    made = json.loads(run("compress", source, tmp_path / "out", *options))
+    assert made["file_bytes"] <= planned["max_file_bytes"]
+    matrix = next(t for t in made["tensors"] if t["name"].endswith("0.mlp.up_proj.weight"))
+    assert (matrix["index"], matrix["value_bits"], matrix["group_size"]) == ("mask", 4, 32)
+    listed = json.loads(run("inspect", tmp_path / "out", "--json"))
+    summary = listed["summary"]["by_index"]
+    assert summary.keys() == {"dense", "mask and 4 bits in groups of 32"}
+    assert summary["mask and 4 bits in groups of 32"]["bits_per_weight"] == made["bits_per_weight"]
+    assert "4 bits in groups of 32" in " ".join(run("inspect", tmp_path / "out").split())
+    assert "tensors are valid" in " ".join(run("verify", tmp_path / "out").split())
