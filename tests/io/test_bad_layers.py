@@ -136,7 +136,7 @@ def test_facts_must_be_an_object(refused, entry):
         ("true_nnz", [None, -1, 5.0, True, "5", 2**31]),
         ("dtype", [None, "float64", "F32", "", 7]),
         ("index", [None, "delta4", "bitmask", 8]),
-        ("value_bits", [None, 4, 8.0, "8", True]),
+        ("value_bits", [None, 5, 8.0, "8", True]),
     ],
 )
 def test_a_bad_fact_is_refused(refused, key, values):

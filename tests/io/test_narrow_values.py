@@ -29,7 +29,7 @@ def address(array) -> int:
 
 @pytest.mark.parametrize("bits", [4, 3])
 @pytest.mark.parametrize("index", INDEXES)
-@pytest.mark.parametrize("shape", [(256, 512), (33, 67)])
+@pytest.mark.parametrize("shape", [(128, 256), (33, 67)])
 def test_layers_come_back_as_they_were_saved(tmp_path, index, shape, bits):
     tensors = {f"layers.{i}.w": layer(shape, bits, i, index=index, group_size=32) for i in range(3)}
     path = tmp_path / "model.safetensors"
@@ -46,7 +46,7 @@ def test_layers_come_back_as_they_were_saved(tmp_path, index, shape, bits):
     stacked = f.get_stack(list(tensors)).validate("full")
     for i, original in enumerate(tensors.values()):
         assert_holds(stacked, original, i)
-    if shape == (256, 512):
+    if shape == (128, 256):
         first = f.get_layer("layers.0.w", device=False)
         assert address(stacked.values) == address(first.values)
         assert address(stacked.group_scales) == address(first.group_scales)

@@ -33,10 +33,10 @@ def columns_of(row, deltas, row_pointers, shape, index) -> list[int]:
 
 def values_of(values, bits) -> list[int]:
     """The values in a plane: a little-endian stream of two's complement integers of so many bits."""
-    stream = int.from_bytes(np.asarray(values).tobytes(), "little")
+    raw = np.asarray(values).tobytes()
     found = []
-    for _ in range(8 * len(values) // bits):
-        stream, value = divmod(stream, 1 << bits)
+    for first in range(0, 8 * len(raw) // bits * bits, bits):
+        value = int.from_bytes(raw[first // 8 : first // 8 + 2], "little") >> first % 8 & (1 << bits) - 1
         found.append(value - (1 << bits) if value >= 1 << (bits - 1) else value)
     return found
 
