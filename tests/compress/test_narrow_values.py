@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from oracle.mdcsr import decode_layer
 from small_models import llama
 from typer.testing import CliRunner
 
 from upg_jax import EncodingError, MdCSR, UPGDecompressor
+from upg_jax._encode import encode_levels
+from upg_jax._quantize import scales_of
+from upg_jax._validate import validate
 from upg_jax.cli._app import app
-from upg_jax.compress import Settings, compress_checkpoint, plan
+from upg_jax.compress import Calibration, Settings, compress_checkpoint, plan, sparsegpt
 from upg_jax.inference import UPGModel
 from upg_jax.io import open_checkpoint
 from upg_jax.models import forward
@@ -124,6 +128,62 @@ def test_joined_rows_are_the_rows_in_order(index, bits):
     assert can_join(parts)
     joined = join_rows(parts).validate("full")
     np.testing.assert_array_equal(joined.to_dense(), MdCSR.from_dense(w, value_bits=bits).to_dense())
+
+
+def activations() -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return (
+        rng.normal(size=(600, 40)) @ rng.normal(size=(40, 200)) + 0.3 * rng.normal(size=(600, 200))
+    ).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(("density", "pattern"), [(1.0, "row"), (0.5, "row"), (0.5, "2:4")])
+def test_rounding_inside_sparsegpt_is_made_up_for_by_later_weights(density, pattern, bits):
+    w = np.random.default_rng(0).normal(size=(48, 200)).astype(np.float32)
+    x = activations()
+    scales = scales_of(2 * np.abs(w).max(axis=1), "unit", value_bits=bits)
+    options = {"scales": scales, "value_bits": bits, "group_size": 32}
+    inside = sparsegpt(w, x.T @ x, density, pattern=pattern, **options)
+    assert inside.levels is not None
+    layer = encode_levels(
+        inside.levels,
+        scales,
+        dtype=np.float32,
+        value_bits=bits,
+        group_scales=inside.multipliers,
+        group_size=32,
+    )
+    validate(layer, "full")
+    np.testing.assert_array_equal(decode_layer(layer), inside.weights)
+    assert not inside.weights[~inside.mask].any()
+    pruned = sparsegpt(w, x.T @ x, density, pattern=pattern)
+    after = MdCSR.from_dense(pruned.weights, mask=pruned.mask, value_bits=bits, group_size=32).to_dense()
+    lost, lost_after = (np.square((d - w) @ x.T).sum() for d in (inside.weights, np.asarray(after)))
+    assert lost < lost_after
+
+
+def test_patterns_that_cut_groups_are_refused():
+    with pytest.raises(EncodingError, match=r"blocks of 125 columns.*whole groups of 64"):
+        sparsegpt(
+            np.ones((4, 125), np.float32),
+            np.eye(125, dtype=np.float32),
+            0.6,
+            pattern="3:5",
+            scales=np.ones(4, np.float32),
+            value_bits=4,
+            group_size=64,
+        )
+
+
+def test_calibrated_compression_stores_what_sparsegpt_chose(source, tmp_path):
+    ids = np.random.default_rng(0).integers(0, llama.VOCABULARY, (4, 32)).astype(np.int32)
+    settings = Settings(density=0.5, method="sparsegpt", value_bits=4)
+    report = compress_checkpoint(source, tmp_path / "out", settings, calibration=Calibration(ids, "random"))
+    with UPGDecompressor.from_safetensors(report.path) as f:
+        f.verify()
+        info = f.info("model.layers.0.mlp.down_proj.weight")
+        assert (info.index, info.value_bits, info.group_size) == ("mask", 4, 64)
 
 
 def test_the_commands_know_them(source, tmp_path):

@@ -152,12 +152,17 @@ def test_a_compressed_tensor_where_only_a_dense_one_works_is_named():
         load(parse_config(HF), CompressedWeights(found), jnp.dtype("float32"))
 
 
-@pytest.mark.parametrize(("manifold", "index"), [("unit", "delta8"), ("unit", "mask"), ("prime", "dense")])
-def test_an_embedding_whose_rows_cannot_be_looked_up_is_refused(manifold, index):
+@pytest.mark.parametrize(
+    ("manifold", "index", "bits"),
+    [("unit", "delta8", 8), ("unit", "mask", 8), ("prime", "dense", 8), ("unit", "dense", 4)],
+)
+def test_an_embedding_whose_rows_cannot_be_looked_up_is_refused(manifold, index, bits):
     name = "model.embed_tokens.weight"
     found = tensors()
-    found[name] = MdCSR.from_dense(found[name], manifold=manifold, index=index)
-    message = f"tensor {name!r} is compressed with index {index!r} on the {manifold} manifold"
+    found[name] = MdCSR.from_dense(found[name], manifold=manifold, index=index, value_bits=bits)
+    message = (
+        f"tensor {name!r} is compressed with index {index!r} and {bits}-bit values on the {manifold} manifold"
+    )
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load(parse_config(HF), CompressedWeights(found), jnp.dtype("float32"))
 

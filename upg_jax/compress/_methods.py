@@ -13,6 +13,9 @@ from upg_jax.compress._settings import Encoding, Settings
 from upg_jax.compress._sparsegpt import prune
 from upg_jax.compress._statistics import Inputs
 
+# Weights grow where they make up for others; multipliers have levels to spare.
+_ROOM = 2.0
+
 
 def compress_matrix(w: np.ndarray, encoding: Encoding, settings: Settings, inputs: Inputs | None) -> MdCSR:
     """Prunes, quantizes and encodes one matrix; planes on the host.
@@ -50,10 +53,20 @@ def _encode(w: np.ndarray, mask: np.ndarray, encoding: Encoding) -> MdCSR:
 
 def _by_sparsegpt(w: np.ndarray, encoding: Encoding, pattern: Pattern, inputs: Inputs) -> MdCSR:
     dense = np.asarray(w, np.float32)
-    if encoding.manifold == "prime" or encoding.value_bits != 8:
+    if encoding.manifold == "prime":
         pruned = prune(dense, inputs.factor, encoding.density, pattern, None)
         return _encode(pruned.weights.astype(w.dtype), pruned.mask, encoding)
-    scales = scales_of(np.abs(dense).max(axis=1, initial=0.0), "unit")
-    pruned = prune(dense, inputs.factor, encoding.density, pattern, scales)
+    bits, groups = encoding.value_bits, encoding.group_size
+    largest = np.abs(dense).max(axis=1, initial=0.0) * np.float32(1.0 if bits == 8 else _ROOM)
+    scales = scales_of(largest, "unit", value_bits=bits)
+    pruned = prune(dense, inputs.factor, encoding.density, pattern, scales, bits, groups)
     assert pruned.levels is not None
-    return encode_levels(pruned.levels, scales, dtype=w.dtype, index=encoding.index)
+    return encode_levels(
+        pruned.levels,
+        scales,
+        dtype=w.dtype,
+        index=encoding.index,
+        value_bits=bits,
+        group_scales=pruned.multipliers,
+        group_size=groups,
+    )

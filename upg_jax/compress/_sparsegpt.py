@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 
 from upg_jax._errors import EncodingError
+from upg_jax._quantize_groups import choose_multipliers, quantize
+from upg_jax._values import groups_of
 from upg_jax.compress._selection import Pattern, keep_largest
 
 _BLOCK = 128
@@ -24,21 +26,22 @@ _BLOCK = 128
 _SLICE = 32
 _DAMPENING = 0.01
 _MOST_DAMPENING = 1.0
-LARGEST_Q = 127
 
 
 class Pruned(NamedTuple):
     """What SparseGPT makes of a matrix.
 
     Attributes:
-        weights: float32 `(rows, columns)`, updated survivors, 0 elsewhere; quantized ones are `levels * scale`.
+        weights: float32 `(rows, columns)`, updated survivors, 0 elsewhere; as they decode where they were quantized.
         mask: boolean, the survivors.
-        levels: int8, `round(w / scale)` of the survivors, or None where nothing was quantized.
+        levels: int8, the survivors' values `q`, or None where nothing was quantized.
+        multipliers: uint8 `(rows, groups)`, or None with values of 8 bits.
     """
 
     weights: np.ndarray
     mask: np.ndarray
     levels: np.ndarray | None
+    multipliers: np.ndarray | None = None
 
 
 def factor(gram: jax.Array) -> jax.Array:
@@ -82,7 +85,14 @@ def _factor(gram: jax.Array, dampening: jax.Array) -> jax.Array:
 
 
 def sparsegpt(
-    w: Any, hessian: Any, density: float, *, pattern: str = "row", scales: Any | None = None
+    w: Any,
+    hessian: Any,
+    density: float,
+    *,
+    pattern: str = "row",
+    scales: Any | None = None,
+    value_bits: int = 8,
+    group_size: int | None = None,
 ) -> Pruned:
     """Prunes a matrix so that its outputs change little, and quantizes it if there are scales.
 
@@ -96,6 +106,8 @@ def sparsegpt(
         density: fraction of the weights to keep, in `[0, 1]`.
         pattern: see `prune_mask`.
         scales: float32 `(out_features,)`, quantization steps of the survivors; 0 for a row of zeros.
+        value_bits: of the survivors' values; of fewer than 8, steps are scales times multipliers.
+        group_size: columns that share a multiplier, chosen from what the columns before have made of them.
 
     Raises:
         EncodingError: for a density or pattern that does not fit, or a Hessian that is not finite.
@@ -110,11 +122,19 @@ def sparsegpt(
         density,
         chosen,
         None if scales is None else np.asarray(scales, np.float32),
+        value_bits,
+        group_size,
     )
 
 
 def prune(
-    w: np.ndarray, upper: jax.Array, density: float, pattern: Pattern, scales: np.ndarray | None
+    w: np.ndarray,
+    upper: jax.Array,
+    density: float,
+    pattern: Pattern,
+    scales: np.ndarray | None,
+    value_bits: int = 8,
+    group_size: int | None = None,
 ) -> Pruned:
     """`sparsegpt` with the inverse Hessian factored."""
     rows, columns = w.shape
@@ -122,12 +142,17 @@ def prune(
     pattern.check_columns(columns)
     group = pattern.group or _BLOCK
     block = group * max(1, _BLOCK // group)
+    if group_size is not None and block % group_size:
+        raise EncodingError(
+            f"sparsegpt: blocks of {block} columns, of which pattern N:{group} is met, must hold whole groups of "
+            f"{group_size}; use a pattern N:M whose M divides {group_size}"
+        )
     padding = -columns % block
     counts = _counts(rows, columns, density, pattern, group, padding)
     # Columns that are padding have no effect on others, and are never chosen.
     padded = jnp.pad(upper, ((0, padding), (0, padding)))
     padded = padded.at[jnp.arange(columns, columns + padding), jnp.arange(columns, columns + padding)].set(1)
-    weights, mask, levels = _prune(
+    weights, mask, levels, multipliers = _prune(
         jnp.pad(jnp.asarray(w), ((0, 0), (0, padding))),
         padded,
         counts,
@@ -136,12 +161,15 @@ def prune(
         block=block,
         group=group,
         by_row=pattern.scope == "row",
+        value_bits=value_bits,
+        group_size=group_size,
     )
     kept = np.asarray(mask)[:, :columns]
     return Pruned(
         np.asarray(weights)[:, :columns],
         kept,
         None if scales is None else np.asarray(levels)[:, :columns],
+        None if group_size is None else np.asarray(multipliers).T[:, : groups_of(columns, group_size)],
     )
 
 
@@ -156,7 +184,7 @@ def _counts(
     return np.diff([round(density * of * int(end)) for end in ends]).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames=("columns", "block", "group", "by_row"))
+@partial(jax.jit, static_argnames=("columns", "block", "group", "by_row", "value_bits", "group_size"))
 def _prune(
     w: jax.Array,
     upper: jax.Array,
@@ -167,7 +195,9 @@ def _prune(
     block: int,
     group: int,
     by_row: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    value_bits: int,
+    group_size: int | None,
+) -> tuple[jax.Array, ...]:
     rows, width = w.shape
     inner = math.gcd(group, _SLICE)
     divisors = None if scales is None else jnp.where(scales > 0, scales, jnp.ones_like(scales))
@@ -179,8 +209,17 @@ def _prune(
         kept = keep_largest(scores if by_row else scores.reshape(1, -1), count)
         return kept.reshape(rows, group).T
 
+    def multipliers_of(part: jax.Array, kept: jax.Array, at: jax.Array, first: jax.Array) -> jax.Array:
+        """Of the group that begins at `first`; what survives of it is known where a pattern is no shorter."""
+        assert group_size is not None
+        assert divisors is not None
+        targets = lax.dynamic_slice(part, (first, 0), (group_size, rows)) / divisors[None]
+        if group >= group_size:
+            targets = jnp.where(lax.dynamic_slice(kept, (first - at, 0), (group_size, rows)), targets, 0)
+        return choose_multipliers(targets.T, value_bits, jnp).astype(jnp.uint8)
+
     def prune_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        w, masks, levels = carry
+        w, masks, levels, multipliers = carry
         start = index * block
         rows_of_upper = lax.dynamic_slice(upper, (start, 0), (block, width))
         square = lax.dynamic_slice(rows_of_upper, (0, start), (block, block))
@@ -195,8 +234,18 @@ def _prune(
             kept = select(chosen, diagonal, start + at, counts[index * (block // group) + g])
 
             def prune_slice(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                part, errors, masks, levels = carry
+                part, errors, masks, levels, multipliers = carry
                 first = at + number * inner
+                unit = jnp.ones(rows, jnp.float32)
+                if group_size is not None:
+                    this = (start + first) // group_size
+                    multipliers = lax.cond(
+                        (start + first) % group_size == 0,
+                        lambda m: m.at[this].set(multipliers_of(part, kept, at, first)),
+                        lambda m: m,
+                        multipliers,
+                    )
+                    unit = multipliers[this].astype(jnp.float32)
                 triangle = lax.dynamic_slice(square, (first, first), (inner, inner))
                 survive = lax.dynamic_slice(kept, (number * inner, 0), (inner, rows))
 
@@ -206,9 +255,9 @@ def _prune(
                         level = jnp.zeros(rows, jnp.int8)
                         final = jnp.where(survive[j], columns[j], 0)
                     else:
-                        level = jnp.clip(jnp.round(columns[j] / divisors), -LARGEST_Q, LARGEST_Q)
-                        level = jnp.where(survive[j], level, 0).astype(jnp.int8)
-                        final = level.astype(jnp.float32) * scales
+                        q = quantize(columns[j] / divisors, unit, value_bits, jnp)
+                        q = jnp.where(survive[j], q, 0)
+                        level, final = q.astype(jnp.int8), q * unit * scales
                     error = (columns[j] - final) / triangle[j, j]
                     columns = columns - triangle[j][:, None] * error[None]
                     return columns.at[j].set(final), errors.at[j].set(error), levels.at[j].set(level)
@@ -227,7 +276,8 @@ def _prune(
                 )
                 part = part - jnp.matmul(later.T, error, precision=lax.Precision.HIGHEST)
                 put = partial(lax.dynamic_update_slice, start_indices=(first, 0))
-                return put(part, columns), put(errors, error), put(masks, survive), put(levels, level)
+                found = put(part, columns), put(errors, error), put(masks, survive), put(levels, level)
+                return *found, multipliers
 
             return lax.fori_loop(0, group // inner, prune_slice, (part, *others))
 
@@ -236,12 +286,14 @@ def _prune(
             jnp.zeros_like(part),
             jnp.zeros(part.shape, jnp.bool_),
             jnp.zeros(part.shape, jnp.int8),
+            multipliers,
         )
-        part, errors, mask, level = lax.fori_loop(0, block // group, prune_group, done)
+        part, errors, mask, level, multipliers = lax.fori_loop(0, block // group, prune_group, done)
         later = jnp.where((jnp.arange(width) >= start + block)[None], rows_of_upper, 0)
         w = w - jnp.matmul(errors.T, later, precision=lax.Precision.HIGHEST)
         put = partial(lax.dynamic_update_slice, start_indices=(0, start))
-        return put(w, part.T), put(masks, mask.T), put(levels, level.T)
+        return put(w, part.T), put(masks, mask.T), put(levels, level.T), multipliers
 
-    begin = (w, jnp.zeros(w.shape, jnp.bool_), jnp.zeros(w.shape, jnp.int8))
+    groups = jnp.zeros((groups_of(width, group_size), rows), jnp.uint8)
+    begin = (w, jnp.zeros(w.shape, jnp.bool_), jnp.zeros(w.shape, jnp.int8), groups)
     return lax.fori_loop(0, width // block, prune_block, begin)
