@@ -61,7 +61,7 @@ def build(code: str, options: Sequence[str], *, name: str, suffix: str) -> Path:
     """Compiles the emulator's C++; returns the path of the result, which may be from an earlier process.
 
     Raises:
-        UnavailableError: no compiler was found.
+        UnavailableError: no compiler was found, or the cache cannot be written.
         SourceError: the compiler refuses the code; the message holds what it said.
     """
     path = compiler()
@@ -72,8 +72,15 @@ def build(code: str, options: Sequence[str], *, name: str, suffix: str) -> Path:
     target = cache_directory() / f"{name}-{digest.hexdigest()[:24]}{suffix}"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as e:
+        raise UnavailableError(
+            f"the emulator keeps what it compiles in {target.parent}, which cannot be written ({e.strerror}); name "
+            "another folder in METAL_OPS_CACHE"
+        ) from e
+    with temporary as folder:
         source, result = Path(folder, f"{name}.cc"), Path(folder, f"{name}{suffix}")
         source.write_text(code, encoding="utf-8")
         command = [path, *options, str(source), "-o", str(result)]

@@ -23,6 +23,12 @@ def test_without_a_network_the_demo_says_what_to_do(cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(tmp_path, cache):
+    cache.write_text("no folder")
+    with pytest.raises(CheckpointError, match=r"model, which cannot be written .* in UPG_JAX_CACHE"):
+        _demo_model._download(cache / "model" / _demo_model.GGUF)
+
+
 def test_a_file_of_other_content_is_refused(cache):
     cache.mkdir()
     (cache / _demo_model.GGUF).write_bytes(b"GGUF but another")

@@ -81,6 +81,25 @@ def test_a_text_that_is_not_utf8_is_named(upg_jax, gguf_model, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full (Linux)")
+def test_a_full_disk_is_one_line_that_says_what_to_do(weird, tmp_path):
+    command = [sys.executable, "-m", "upg_jax.cli", "inspect", str(weird)]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert "No space left on device; make room there and run the same command again" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_of_others_is_one_line_that_says_what_to_do(upg_jax, weird):
+    weird.chmod(0)
+    result = upg_jax("inspect", weird)
+    assert result.returncode == 1
+    assert "Permission denied" in result.stderr
+    assert "owner and mode" in result.stderr
+
+
 def test_doctor_reports_a_jax_that_does_not_start(upg_jax):
     result = upg_jax("doctor", "--json", JAX_PLATFORMS="bogus")
     assert result.returncode == 1, result.stderr
@@ -105,3 +124,22 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(gguf_model, tmp_path):
     assert b"Traceback" not in said
     if process.returncode == 130:
         assert b"the same command continues where this run stopped" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="consoles of Windows have no SIGINT to send")
+def test_ctrl_c_while_modules_are_imported_is_no_traceback():
+    # The first module that main imports stands for all of them.
+    interrupted = (
+        "import importlib.abc, signal, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'upg_jax.cli._app':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "import upg_jax.cli\n"
+        "upg_jax.cli.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stderr == ""

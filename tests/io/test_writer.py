@@ -255,8 +255,9 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
 
 def test_a_missing_directory_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        save(tmp_path / "none" / "model.safetensors", {"w": layer()})
+    path = tmp_path / "none" / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"none/model\.safetensors'"):
+        save(path, {"w": layer()})
 
 
 def test_a_tensor_that_changes_while_it_is_saved_is_refused(tmp_path):

@@ -216,6 +216,16 @@ def test_without_a_compiler_the_error_says_what_to_install(tmp_path):
     assert "apt install g++" in errors
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "k.metal").write_text(
+        "#include <metal_stdlib>\nkernel void k(device float* y [[buffer(0)]]) {}\n"
+    )
+    cache = str(tmp_path / "k.metal" / "cache")
+    _, errors = compile_in_a_process(tmp_path / "k.metal", METAL_OPS_CACHE=cache)
+    assert f"UnavailableError: the emulator keeps what it compiles in {cache}" in errors
+    assert "name another folder in METAL_OPS_CACHE" in errors
+
+
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("METAL_OPS_CACHE", str(tmp_path))
     assert _build.cache_directory() == tmp_path

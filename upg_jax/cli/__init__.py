@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
+# What the system's own words leave open.
+_ADVICE = {
+    errno.ENOSPC: "make room there and run the same command again",
+    errno.EDQUOT: "make room there and run the same command again",
+    errno.EACCES: "look at its owner and mode and at those of its folder (ls -ld), or name another place",
+    errno.EPERM: "look at its owner and mode and at those of its folder (ls -ld), or name another place",
+    errno.EROFS: "name another place",
+}
+
 
 def main() -> None:
-    """Runs the command line; exits with 0, 1 (failed) or 2 (wrong usage)."""
+    """Runs the command line; exits with 0, 1 (failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while modules are imported; commands have their own words
+        sys.exit(130)
+
+
+def _main() -> None:
     from upg_jax._errors import UPGError
 
     for stream in (sys.stdout, sys.stderr):
@@ -27,5 +44,6 @@ def main() -> None:
 
         from upg_jax.cli._output import stderr
 
-        stderr.print(Text.assemble(("error: ", "bold red"), str(e)))
+        advice = _ADVICE.get(e.errno or 0) if isinstance(e, OSError) else None
+        stderr.print(Text.assemble(("error: ", "bold red"), f"{e}; {advice}" if advice else str(e)))
         sys.exit(1)

