@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks._rows import median, read
-from benchmarks._views import Row, of_topic, ours, ratio
+from benchmarks._views import Row, most_threads, of_topic, ours, ratio
 
 DENSE = "XLA dense float32"
 
@@ -76,10 +76,22 @@ def _decode(rows: list[Row]) -> Iterator[float | None]:
 
 
 def _overhead(rows: list[Row]) -> Iterator[float | None]:
-    # A layer without entries does everything but the arithmetic.
+    # A layer without entries does everything but the arithmetic, and wakes no other thread.
     for row in of_topic(rows, "overhead", rows=576, density=0.0):
         seconds = median(row, ours(row))
         yield 1e6 * seconds if seconds else None
+
+
+def _sharing(rows: list[Row]) -> Iterator[float | None]:
+    # What one thread takes is arithmetic and a call; threads share the arithmetic and have to find together besides.
+    threads = most_threads(rows) or 1
+    for density in (0.1, 0.5):
+        case = {"rows": 576, "density": density}
+        alone = [median(row, ours(row)) for row in of_topic(rows, "overhead", threads=1, **case)]
+        for row in of_topic(rows, "overhead", **case) if alone and threads > 1 else ():
+            together = median(row, ours(row))
+            if together and alone[0]:
+                yield 1e6 * (together - alone[0] / threads)
 
 
 def _imports(rows: list[Row]) -> Iterator[float | None]:
@@ -129,6 +141,12 @@ FLOORS = [
     Floor("transposed product: times the forward one's time", 2, _transposed, at_most=True),
     Floor("decode to dense float32: times numpy.copyto", 0.7, _decode),
     Floor("576 x 576 in a jitted chain, without entries: microseconds", 5, _overhead, at_most=True),
+    Floor(
+        "... at densities 0.1 and 0.5: microseconds beyond one thread's time, shared",
+        5,
+        _sharing,
+        at_most=True,
+    ),
     Floor("import upg_jax: milliseconds beyond jax", 50, _imports, at_most=True),
     Floor("the reference at one vector: times BCSR", 1.5, _reference),
     Floor(

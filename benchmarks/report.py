@@ -73,8 +73,8 @@ def machine(rows: list[Row]) -> Iterator[str]:
             )
     yield ""
     yield (
-        f"Memory, read by all threads: {read_bandwidth(rows) / 1e9:.1f} GB/s at best. Medians of interleaved repeats "
-        "in one process. Matrices are read from memory, in turn from copies that overflow the caches."
+        f"Memory, read by all threads: {read_bandwidth(rows) / 1e9:.1f} GB/s, the median of the runs. Medians of "
+        "interleaved repeats in one process. Matrices are read from memory: copies in turn overflow the caches."
     )
 
 

@@ -21,17 +21,20 @@ from upg_jax._index import (
     row_chunks,
     spread_dense,
 )
-from upg_jax._mdcsr import PLANES, Manifold, MdCSR, stack
+from upg_jax._mdcsr import PLANES, MdCSR, stack
 from upg_jax._sparse_dense import _metal_lowering
 from upg_jax._sparse_dense._backend import requested_backend
 from upg_jax._validate import validate
 from upg_jax._values import a_byte_each, as_narrow_as
 
-# The fastest form up to a density, for one vector, measured with AVX-512 (docs/native.md). An instruction set without
-# gathers or expansions changes the limits little.
-_FASTEST: dict[Manifold, tuple[tuple[float, Index], ...]] = {
-    "unit": ((0.25, "delta8"), (0.8, "mask"), (math.inf, "dense")),
-    "prime": ((math.inf, "delta8"),),
+# The fastest form of a unit layer up to a density, for one vector (docs/native.md). Only VBMI2 expands the values of a
+# mask in one instruction; without it a byte for every column is read faster.
+_FASTEST: dict[str, tuple[tuple[float, Index], ...]] = {
+    "avx512vbmi2": ((0.25, "delta8"), (0.8, "mask"), (math.inf, "dense")),
+    "avx512": ((0.25, "delta8"), (math.inf, "dense")),
+    "avx2": ((0.25, "delta8"), (math.inf, "dense")),
+    "neon": ((0.25, "delta8"), (math.inf, "dense")),
+    "portable": ((0.5, "delta8"), (math.inf, "dense")),
 }
 
 
@@ -90,14 +93,14 @@ def choose_index(layer: MdCSR) -> tuple[Index, str]:
         return "delta8", "the Metal kernels read deltas"
     if jax.default_backend() in ("gpu", "cuda"):
         return "delta8", "the CUDA kernels read deltas"
-    if _native.load() is None or requested_backend() == "reference":
+    library = _native.load()
+    if library is None or requested_backend() == "reference":
         return layer.index, "pure JAX walks every form at about the same speed, so it stays as it is"
+    if layer.manifold == "prime":
+        return "delta8", "the compiled kernels are fastest with deltas on the prime manifold"
     density = (layer.nnz if layer.index != "dense" else layer.true_nnz) / max(layer.num_weights, 1)
-    index = next(index for limit, index in _FASTEST[layer.manifold] if density < limit)
-    return (
-        index,
-        f"{index} is fastest at density {density:.2f} on the {layer.manifold} manifold with compiled kernels",
-    )
+    index = next(index for limit, index in _FASTEST[library.kernels] if density < limit)
+    return index, f"{index} is fastest at density {density:.2f} with the {library.kernels} kernels"
 
 
 def _layers(host: MdCSR) -> list[tuple[str, Any]]:

@@ -83,14 +83,17 @@ def test_kernels_may_be_named_in_the_environment(library):
         "print(library.kernels if library else _native.unavailable_reason())"
     )
 
-    def run(name: str) -> str:
+    def run(name: str) -> tuple[str, str]:
         environment = {**os.environ, _native.KERNELS_VARIABLE: name}
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        )
+        return done.stdout.strip(), done.stderr
 
-    assert run("portable") == "portable"
-    assert "'sse9'; this processor runs" in run("sse9")
+    assert run("portable") == ("portable", "")
+    said, warned = run("sse9")
+    assert "'sse9'; this processor runs" in said
+    assert "falls back to pure JAX" in warned
 
 
 def test_forcing_an_unusable_library_is_an_error_with_the_reason(library, monkeypatch):

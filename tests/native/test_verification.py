@@ -57,3 +57,24 @@ def test_a_good_layer_is_not_read_by_numpy(library, monkeypatch):
     monkeypatch.setattr("upg_jax._validate.row_chunks", lambda *_: pytest.fail("NumPy walked the rows"))
     w = np.random.default_rng(1).standard_normal((30, 600)).astype(np.float32)
     encode_dense(w, density=0.2, manifold="prime").validate("full")
+
+
+def at_an_odd_address(plane: np.ndarray) -> np.ndarray:
+    buffer = np.empty(plane.nbytes + 1, np.uint8)
+    view = buffer[1:].view(plane.dtype)  # memory of NumPy begins at an even address
+    view[:] = plane
+    return view
+
+
+def test_planes_may_lie_at_any_byte(library):
+    """As in a file that does not align them: compiled code must not read wide integers there."""
+    w = np.random.default_rng(2).standard_normal((5, 300)).astype(np.float32)
+    layer = encode_dense(w, density=0.3, manifold="prime")
+    planes = ("prime_indices", "row_pointers")
+    moved = dataclasses.replace(layer, **{name: at_an_odd_address(getattr(layer, name)) for name in planes})
+    assert moved.prime_indices.ctypes.data % 2 == moved.row_pointers.ctypes.data % 2 == 1
+    read = library.conversions("delta8", layer.shape, moved.row_pointers, primes=moved.prime_indices)._arrays
+    assert all(a.ctypes.data % a.itemsize == 0 for a in read if a is not None)
+    moved.validate("full")
+    mask = pack(moved, "mask")
+    np.testing.assert_array_equal(mask.delta_indices, pack(layer, "mask").delta_indices)

@@ -122,7 +122,8 @@ class Library:
             row_pointers: uint32 `(rows + 1,)`.
             in_features: columns of the matrix.
         """
-        deltas, row_pointers = np.ascontiguousarray(deltas), np.ascontiguousarray(row_pointers)
+        # A file may put a plane at any byte.
+        deltas, row_pointers = (np.require(p, requirements="CA") for p in (deltas, row_pointers))
         if deltas.dtype != np.uint8 or row_pointers.dtype != np.uint32 or row_pointers.size == 0:
             raise TypeError("first_row_outside: needs uint8 deltas and at least one uint32 row pointer")
         rows = row_pointers.size - 1
@@ -180,7 +181,9 @@ def _load() -> Library | str:
         return reason
     wanted = os.environ.get(KERNELS_VARIABLE)
     if wanted and not library.choose_kernels(wanted):
-        return f"{KERNELS_VARIABLE} is {wanted!r}; this processor runs {', '.join(library.usable_kernels)}"
+        reason = f"{KERNELS_VARIABLE} is {wanted!r}; this processor runs {', '.join(library.usable_kernels)}"
+        warnings.warn(f"upg_jax: {reason}; sparse_dense falls back to pure JAX", stacklevel=2)
+        return reason
     _register(library)
     return library
 

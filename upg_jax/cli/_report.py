@@ -67,7 +67,7 @@ def report(
         with status(f"measuring {path}"):
             model = UPGModel.from_file(path)
             row = _measure(model, original, texts, window, max_tokens, speed)
-            rows.append({"name": path.name, "dense": False, **_size(path), **row})
+            rows.append({"name": path.name, "dense": False, **size_of(path), **row})
     page = out or directory / "report.html"
     write_page(page, rows, settings)
     if json:
@@ -76,7 +76,7 @@ def report(
         stdout.print(f"{page}: {len(rows)} models", soft_wrap=True)
 
 
-def _size(path: Path) -> dict[str, Any]:
+def size_of(path: Path) -> dict[str, Any]:
     """Bytes of the weights' files, and bits per weight of the linear layers with all overheads."""
     from upg_jax.io import UPGDecompressor
 
@@ -123,11 +123,11 @@ def _measure(
         "geometric_mean": math.exp(sum(nll) / len(nll)),
         "kl": sum(kl) / len(kl) if kl else None,
         "agreement": sum(agreement) / len(agreement) if agreement else None,
-        "tokens_per_second": _speed(model, next(iter(texts.values()))) if speed else None,
+        "tokens_per_second": speed_of(model, next(iter(texts.values()))) if speed else None,
     }
 
 
-def _speed(model: UPGModel, text: str, tokens: int = 32) -> float:
+def speed_of(model: UPGModel, text: str, tokens: int = 32) -> float:
     """Tokens a second of a greedy answer to the beginning of a text, the best of three."""
     import time
 
