@@ -123,7 +123,7 @@ class Library:
             in_features: columns of the matrix.
         """
         # A file may put a plane at any byte.
-        deltas, row_pointers = (np.require(p, requirements="CA") for p in (deltas, row_pointers))
+        deltas, row_pointers = (np.require(p, requirements=("C", "A")) for p in (deltas, row_pointers))
         if deltas.dtype != np.uint8 or row_pointers.dtype != np.uint32 or row_pointers.size == 0:
             raise TypeError("first_row_outside: needs uint8 deltas and at least one uint32 row pointer")
         rows = row_pointers.size - 1
