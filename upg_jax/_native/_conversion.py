@@ -63,7 +63,9 @@ class Conversions:
                 raise TypeError(
                     f"conversions: planes must have the format's dtypes; got {plane.dtype} for {dtype}"
                 )
-        self._arrays = [None if plane is None else np.require(plane, requirements=("C", "A")) for plane in planes]
+        self._arrays = [
+            None if plane is None else np.require(plane, requirements=("C", "A")) for plane in planes
+        ]
         pointers = [None if plane is None else plane.ctypes.data for plane in self._arrays]
         # Row pointers of a mask's check are held against nothing but themselves.
         capacity = int(row_pointers[-1]) if values is None else values.size
