@@ -30,8 +30,10 @@ PHI_4 = {
     "num_attention_heads": 40,
     "num_key_value_heads": 10,
     "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
     "rms_norm_eps": 1e-5,
     "rope_theta": 250000,
+    "rope_scaling": None,
     "sliding_window": None,
     "tie_word_embeddings": False,
 }

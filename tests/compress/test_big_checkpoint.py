@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -28,23 +29,8 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc"),
 ]
 LAYERS = 2
-PHI_4 = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "vocab_size": 100352,
-    "hidden_size": 5120,
-    "intermediate_size": 17920,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 10,
-    "max_position_embeddings": 16384,
-    "original_max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 250000,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-}
+EXAMPLE = Path(__file__).parents[2] / "examples" / "phi4_generate.py"
+PHI_4 = runpy.run_path(str(EXAMPLE))["PHI_4"] | {"num_hidden_layers": LAYERS}
 GB = 10**9
 
 
