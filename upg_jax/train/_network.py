@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import MdCSR
@@ -155,12 +156,14 @@ class Student:
             value = self.params["layers"].get(weight.slot) if weight.per_layer else None
             if value is None:
                 continue
+            vectors = _is_vectors(value)
+            value = value if isinstance(value, tuple) else _on_the_host(value)
             for i, name in enumerate(weight.names(self.config.num_layers)):
                 one = value[i] if isinstance(value, tuple) else jax.tree.map(lambda a, i=i: a[i], value)
                 if isinstance(one, TrainableMdCSR):
                     found[name] = one.to_mdcsr()
-                elif _is_vectors(value):
-                    found[name] = one
+                elif vectors:
+                    found[name] = jnp.asarray(one)
         return found
 
 
@@ -212,6 +215,7 @@ def _stacked(model: UPGModel, precision: str, *, trainable: bool) -> Params:
 
     def matrices(value: Any) -> tuple[Any, ...]:
         if isinstance(value, MdCSR):
+            value = _on_the_host(value)
             value = [jax.tree.map(lambda a, i=i: a[i], value) for i in range(value.values.shape[0])]
         return tuple(
             TrainableMdCSR.from_layer(weight, precision=precision)
@@ -222,7 +226,7 @@ def _stacked(model: UPGModel, precision: str, *, trainable: bool) -> Params:
 
     found = {slot: matrices(v) for slot, v in params["layers"].items() if isinstance(v, tuple | MdCSR)}
     if _alike(model.config) and all(len(set(map(jax.tree.structure, each))) == 1 for each in found.values()):
-        found = {slot: _stack(each) for slot, each in found.items()}
+        found = _stack_each(found)
     others = {slot: jnp.asarray(v, jnp.float32) for slot, v in params["layers"].items() if slot not in found}
     return {
         "embed_tokens": params["embed_tokens"],
@@ -232,7 +236,17 @@ def _stacked(model: UPGModel, precision: str, *, trainable: bool) -> Params:
     }
 
 
+@jax.jit
+def _stack_each(found: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    return {slot: _stack(layers) for slot, layers in found.items()}
+
+
 def _stack(layers: tuple[Any, ...]) -> Any:
     if _is_trainable(layers[0]):
         return TrainableMdCSR.stack(layers)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def _on_the_host(tree: Any) -> Any:
+    """With NumPy arrays, whose slices are no programs."""
+    return jax.tree.map(np.asarray, tree)

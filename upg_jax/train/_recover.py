@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ class _Loop:
         self._rest, self._teacher, self._windows = student.without_trained(), teacher, windows
         self._settings, self._checkpoint = settings, checkpoint
         # Copies, since a step gives its arguments' memory to its results.
-        self.trained = jax.tree.map(jnp.copy, student.trained())
-        self._state = optimizer(settings.clip).init(self.trained)
+        self.trained = jax.jit(partial(jax.tree.map, jnp.copy))(student.trained())
+        self._state = jax.jit(optimizer(settings.clip).init)(self.trained)
         self.step, self.seconds = 0, 0.0
         kept = checkpoint.read((self.trained, self._state))
         if kept is not None:
