@@ -24,7 +24,7 @@ from rich.text import Text
 
 # Results go to stdout and everything said on the way to stderr, so that output can be piped. Neither interprets
 # what it prints: names and answers come from files. A pipe has no width; 80 columns would cut names short.
-_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+_WIDTH = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 200
 stdout = Console(markup=False, emoji=False, highlight=False, width=_WIDTH)
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
