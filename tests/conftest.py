@@ -25,11 +25,30 @@ from upg_jax import use_backend
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def pytest_configure(config):
+    """Compiles the quick suite's programs, most of which run once, without LLVM's optimizations: a third faster.
+
+    Slow tests, and CI's other lanes by a flag of their own, run what users run.
+    """
+    flag, flags = "--xla_backend_optimization_level", os.environ["XLA_FLAGS"]
+    if config.option.markexpr == "not slow" and os.environ["JAX_PLATFORMS"] == "cpu" and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=0"
+
+
 # The same examples in every run; `--hypothesis-seed` or a profile of one's own explores others.
 hypothesis.settings.register_profile(
     "upg_jax", deadline=None, derandomize=True, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("upg_jax")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobody_waits_for_the_disk():
+    """Files of tests need not outlive a power failure; io/test_writer.py checks what is synchronized, and when."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(params=EVERY_BACKEND)
@@ -64,3 +83,11 @@ def _skip_what_it_refuses(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20240229)
+
+
+@pytest.fixture(scope="session")
+def gguf_model(tmp_path_factory):
+    """The file of a small model with a tokenizer."""
+    from small_models import byte_level
+
+    return byte_level.write(tmp_path_factory.mktemp("model") / "small.gguf")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,33 +70,62 @@ def test_semi_public_jax_names_stay_in_the_compatibility_module(module):
         assert not {n for n in names if n.startswith(("jax.interpreters", "jax.extend"))}
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def run(code: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
-def test_importing_the_package_does_not_import_jax():
-    assert run("import sys, upg_jax; print('jax' in sys.modules)").strip() == "False"
+# What a program has imported after each thing that it may do, in the order in which it costs more.
+SESSION = """
+import json, sys
+import upg_jax
+found = {"import upg_jax": sorted(sys.modules)}
+import jax
+found["import jax"] = sorted(sys.modules)
+upg_jax.sparse_dense, upg_jax.save
+found["names"] = sorted(sys.modules)
+upg_jax.sparse_dense(jax.numpy.ones(2), upg_jax.MdCSR.from_dense(jax.numpy.eye(2), density=1.0))
+found["product"] = sorted(sys.modules)
+missing = [name for name in upg_jax.__all__ if not hasattr(upg_jax, name)]
+print(json.dumps({**found, "missing": missing}))
+"""
 
 
-def test_the_product_needs_only_the_required_packages():
-    optional = (
-        "('gguf', 'tokenizers', 'jinja2', 'typer', 'rich', 'torch', 'transformers', 'scipy', 'platformdirs')"
-    )
-    loaded = f"print([m for m in {optional} if m in sys.modules])"
-    before = run(f"import sys, jax; {loaded}")
-    assert run(f"import sys, upg_jax; upg_jax.sparse_dense; upg_jax.save; {loaded}") == before
+@pytest.fixture(scope="module")
+def imported():
+    """Names of modules by what was done last, and public names that do not exist."""
+    return {after: set(names) for after, names in run(SESSION).items()}
 
 
-def test_metal_ops_is_imported_only_where_its_backends_are_asked_for():
-    product = (
-        "upg_jax.sparse_dense(jax.numpy.ones(2), upg_jax.MdCSR.from_dense(jax.numpy.eye(2), density=1.0))"
-    )
-    assert run(f"import sys, jax, upg_jax; {product}; print('metal_ops' in sys.modules)").strip() == "False"
+def test_importing_the_package_does_not_import_jax(imported):
+    assert "upg_jax" in imported["import upg_jax"]
+    assert "jax" not in imported["import upg_jax"]
+
+
+def test_the_product_needs_only_the_required_packages(imported):
+    optional = {
+        "gguf",
+        "tokenizers",
+        "jinja2",
+        "typer",
+        "rich",
+        "torch",
+        "transformers",
+        "scipy",
+        "platformdirs",
+    }
+    assert imported["names"] & optional == imported["import jax"] & optional
+    assert "upg_jax._sparse_dense" in imported["names"]
+
+
+def test_metal_ops_is_imported_only_where_its_backends_are_asked_for(imported):
+    assert "upg_jax._sparse_dense._lowering" in imported["product"]
+    assert "metal_ops" not in imported["product"]
 
 
 def test_metal_ops_needs_no_jax():
-    assert run("import sys, metal_ops; print('jax' in sys.modules)").strip() == "False"
+    assert run("import json, sys, metal_ops; print(json.dumps('jax' in sys.modules))") is False
 
 
-def test_every_public_name_exists():
-    run("import upg_jax; [getattr(upg_jax, name) for name in upg_jax.__all__]")
+def test_every_public_name_exists(imported):
+    assert not imported["missing"]

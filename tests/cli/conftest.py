@@ -1,23 +1,46 @@
-"""A small model, and the command line run as a user runs it."""
+"""The command line run as a user runs it."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
-from small_models import byte_level
-
-
-@pytest.fixture(scope="session")
-def gguf_model(tmp_path_factory):
-    return byte_level.write(tmp_path_factory.mktemp("model") / "small.gguf")
 
 
 @pytest.fixture
-def upg_jax(tmp_path):
-    """Runs `upg-jax ARGUMENTS` in a process of its own, without a terminal."""
+def upg_jax(tmp_path, monkeypatch):
+    """Runs `upg-jax ARGUMENTS` without a terminal, as its entry point does, but in this process.
+
+    So it starts no Python and compiles nothing twice.
+    """
+    pytest.importorskip("typer", reason='pip install "upg-jax[demo]"')
+    from upg_jax.cli import _output, main
+
+    def run(*arguments, said="", **environment):
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(_output.stdout, "width", 200)  # made when it was imported, perhaps for a terminal
+            patch.setattr(sys, "stdin", io.StringIO(said))
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            patch.setattr(sys, "argv", ["upg-jax", *map(str, arguments)])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as end:
+                main()
+        shown = (stream.buffer.getvalue().decode() for stream in (out, err))
+        return subprocess.CompletedProcess(arguments, end.value.code, *shown)
+
+    return run
+
+
+@pytest.fixture
+def upg_jax_alone(tmp_path):
+    """Runs `upg-jax ARGUMENTS` without a terminal, in a process of its own."""
 
     def run(*arguments, **environment):
         return subprocess.run(

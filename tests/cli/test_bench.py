@@ -9,7 +9,8 @@ import pytest
 from upg_jax.cli import _bench
 
 
-def test_bench_says_machine_and_ratios_as_json(upg_jax):
+def test_bench_says_machine_and_ratios_as_json(upg_jax, monkeypatch):
+    monkeypatch.setattr(_bench, "_REPEATS", 3)
     result = upg_jax("bench", "--size", "64", "--json")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # no progress bar into a pipe

@@ -12,21 +12,7 @@ import time
 from upg_jax import UPGModel
 
 
-def talk(path, lines, *options):
-    """Says lines to a chat; returns its process's result."""
-    command = [sys.executable, "-m", "upg_jax.cli", "chat", str(path), "--temperature", "0", *options]
-    return subprocess.run(
-        command,
-        input="\n".join(lines) + "\n",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        timeout=240,
-        check=False,
-    )
-
-
-def test_answers_follow_from_the_conversation_and_commands_change_it(gguf_model, tmp_path):
+def test_answers_follow_from_the_conversation_and_commands_change_it(upg_jax, gguf_model, tmp_path):
     saved = tmp_path / "said.json"
     lines = [
         "he",
@@ -46,7 +32,9 @@ def test_answers_follow_from_the_conversation_and_commands_change_it(gguf_model,
         "/quit",
         "never",
     ]
-    result = talk(gguf_model, lines, "--max-new-tokens", "6")
+    said = "\n".join(lines) + "\n"
+    options = ("--temperature", "0", "--max-new-tokens", "6")
+    result = upg_jax("chat", gguf_model, *options, said=said)
     assert result.returncode == 0
     model = UPGModel.from_file(gguf_model)
 

@@ -27,8 +27,10 @@ def weird(tmp_path):
     return directory / "m.safetensors"
 
 
-def test_names_are_printed_as_they_are_and_never_reach_the_terminal_as_commands(upg_jax, weird):
-    result = upg_jax("inspect", weird, COLUMNS="300")
+def test_names_are_printed_as_they_are_and_never_reach_the_terminal_as_commands(
+    upg_jax, upg_jax_alone, weird
+):
+    result = upg_jax_alone("inspect", weird, COLUMNS="300")
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stdout
     for shown in ("a[/b]", ":smile:[red]", r"esc\x1b[31m\nnext", NAMES[3]):
@@ -38,8 +40,8 @@ def test_names_are_printed_as_they_are_and_never_reach_the_terminal_as_commands(
     assert str(weird) in verified.stdout
 
 
-def test_a_pipe_without_a_width_gets_whole_names(upg_jax, weird):
-    result = upg_jax("inspect", weird, COLUMNS="")
+def test_a_pipe_without_a_width_gets_whole_names(upg_jax_alone, weird):
+    result = upg_jax_alone("inspect", weird, COLUMNS="")
     assert "…" not in result.stdout
 
 
@@ -54,8 +56,8 @@ def test_infinity_in_a_file_does_not_make_invalid_json(capsys):
     assert shown == {"perplexity": None, "rows": [None, 1.5], "shape": [2, 3]}
 
 
-def test_an_answer_that_the_encoding_cannot_hold_is_escaped(upg_jax, gguf_model):
-    result = upg_jax("generate", gguf_model, "hé", "--max-new-tokens", "8", PYTHONIOENCODING="ascii")
+def test_an_answer_that_the_encoding_cannot_hold_is_escaped(upg_jax_alone, gguf_model):
+    result = upg_jax_alone("generate", gguf_model, "hé", "--max-new-tokens", "8", PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
 
 
@@ -100,8 +102,8 @@ def test_a_file_of_others_is_one_line_that_says_what_to_do(upg_jax, weird):
     assert "owner and mode" in result.stderr
 
 
-def test_doctor_reports_a_jax_that_does_not_start(upg_jax):
-    result = upg_jax("doctor", "--json", JAX_PLATFORMS="bogus")
+def test_doctor_reports_a_jax_that_does_not_start(upg_jax_alone):
+    result = upg_jax_alone("doctor", "--json", JAX_PLATFORMS="bogus")
     assert result.returncode == 1, result.stderr
     report = json.loads(result.stdout)
     assert "does not start" in report["jax"]["devices"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oracle.mdcsr import columns_of, decode_layer
 
 from upg_jax import FormatError, MdCSR, _index, _native, pack, sparse_dense, stack, unpack, use_backend
+from upg_jax._encode import encode_dense
 from upg_jax._pack import choose_index
 
 PACKED = ("mask", "dense")
@@ -84,11 +85,9 @@ def check_random_layers(rng):
     shape = rng.integers(0, 20), rng.integers(0, 700)
     w = (rng.standard_normal(shape) * (rng.random(shape) < rng.choice([0.002, 0.1, 0.9]))).astype(np.float32)
     alignment = int(rng.choice([1, 2, 16]))
-    layer = MdCSR.from_dense(w, row_alignment=alignment, manifold=str(rng.choice(["unit", "prime"])))
-    tail = alignment * int(rng.integers(0, 3))
-    layer = jax.tree.map(
-        np.asarray, MdCSR.from_dense(w, row_alignment=alignment, capacity=layer.capacity + tail)
-    )
+    settings = {"row_alignment": alignment, "manifold": str(rng.choice(["unit", "prime"]))}
+    capacity = encode_dense(w, **settings).capacity + alignment * int(rng.integers(0, 3))
+    layer = encode_dense(w, capacity=capacity, **settings)
     for index in PACKED:
         packed = pack(layer, index).validate("full")
         assert packed.true_nnz == layer.true_nnz

@@ -128,26 +128,35 @@ def test_vmap_over_examples_and_over_a_stack_equals_a_loop():
     layers = [trainable(Case("random", (33, 67), seed=seed)) for seed in range(3)]
     both, x = TrainableMdCSR.stack(layers), CASE.x(3, 5)
 
+    @jax.jit
     def apply(layer, x):
         return layer(x)
 
     def loss(weights, layer, x):
         return (with_weights(layer, weights)(x) ** 2).sum()
 
-    over_x = jax.vmap(apply, (None, 0))(layers[0], x)
-    np.testing.assert_allclose(over_x, layers[0](x), rtol=1e-5, atol=1e-5)
-    over_layers = jax.vmap(apply)(both, x)
-    gradients = jax.vmap(jax.grad(loss))(both.weights, both, x)
-    of_sum = jax.grad(lambda w: jax.vmap(loss, (0, 0, 0))(w, both, x).sum())(both.weights)
-    per_example = jax.vmap(jax.grad(loss), (None, None, 0))(layers[0].weights, layers[0], x)
+    gradient = jax.jit(jax.grad(loss))
+
+    @jax.jit
+    def mapped(first, both, x):
+        return (
+            jax.vmap(apply, (None, 0))(first, x),
+            jax.vmap(apply)(both, x),
+            jax.vmap(jax.grad(loss))(both.weights, both, x),
+            jax.grad(lambda w: jax.vmap(loss, (0, 0, 0))(w, both, x).sum())(both.weights),
+            jax.vmap(jax.grad(loss), (None, None, 0))(first.weights, first, x),
+        )
+
+    over_x, over_layers, gradients, of_sum, per_example = map(np.asarray, mapped(layers[0], both, x))
+    np.testing.assert_allclose(over_x, apply(layers[0], x), rtol=1e-5, atol=1e-5)
     for i, layer in enumerate(layers):
         width = layer.weights.shape[-1]
-        np.testing.assert_allclose(over_layers[i], layer(x[i]), rtol=1e-5, atol=1e-5)
-        expected = jax.grad(loss)(layer.weights, layer, x[i])
+        np.testing.assert_allclose(over_layers[i], apply(layer, x[i]), rtol=1e-5, atol=1e-5)
+        expected = gradient(layer.weights, layer, x[i])
         for found in (gradients, of_sum):
             np.testing.assert_allclose(found[i, :, :width], expected, rtol=1e-4, atol=1e-4)
             assert not np.any(found[i, :, width:])
-        expected = jax.grad(loss)(layers[0].weights, layers[0], x[i])
+        expected = gradient(layers[0].weights, layers[0], x[i])
         np.testing.assert_allclose(per_example[i], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -156,7 +165,6 @@ def test_scan_over_a_stack_equals_a_loop_with_its_gradients():
     both, x = TrainableMdCSR.stack(square), Case("random", (33, 33)).x(5)
     weights, pattern = partition(both)
 
-    @jax.jit
     def scanned(weights):
         out, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(layer(x)), None), x, combine(weights, pattern))
         return out.sum()
@@ -167,8 +175,8 @@ def test_scan_over_a_stack_equals_a_loop_with_its_gradients():
             y = jnp.tanh(with_weights(layer, w)(y))
         return y.sum()
 
-    value, gradient = jax.value_and_grad(scanned)(weights)
-    expected, gradients = jax.value_and_grad(looped)([layer.weights for layer in square])
+    value, gradient = jax.jit(jax.value_and_grad(scanned))(weights)
+    expected, gradients = jax.jit(jax.value_and_grad(looped))([layer.weights for layer in square])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for i, wanted in enumerate(gradients):
         np.testing.assert_allclose(gradient.weights[i, :, : wanted.shape[-1]], wanted, rtol=1e-4, atol=1e-4)

@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from helpers.hf_llama import Weights
-from upg_jax import MdCSR
+from upg_jax._encode import encode_dense
 from upg_jax.inference import UPGModel
 from upg_jax.io import open_checkpoint
 from upg_jax.models import load, weights
@@ -141,14 +143,15 @@ def compressed_weights(name: str) -> dict[str, Any]:
     for weight in weights(config):
         if weight.linear and weight.per_layer:
             for key in weight.names(config.num_layers):
-                found[key] = MdCSR.from_dense(found[key], density=0.6)
+                found[key] = encode_dense(found[key], density=0.6)
     return found
 
 
 def model_of(name: str, found: dict[str, Any]) -> UPGModel:
     """Our model with these tensors."""
     config = dense_model(name).config
-    return UPGModel(params=load(config, Weights(found), np.dtype("float32")), config=config)
+    params = jax.tree.map(jnp.asarray, load(config, Weights(found), np.dtype("float32")))
+    return UPGModel(params=params, config=config)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from upg_jax import MdCSR, stack
+from upg_jax._encode import encode_dense
 from upg_jax.inference import UPGModel
 from upg_jax.models import Linears, load, parse_config, stack_layers
 
@@ -130,7 +131,7 @@ def compressed_weights(name: str, density: float, manifold: str = "unit") -> dic
     """The same weights with every linear layer of the blocks compressed."""
     _, _, weights = make(name)
     return {
-        key: MdCSR.from_dense(value, density=density, manifold=manifold)
+        key: encode_dense(value, density=density, manifold=manifold)  # as files have them: on the host
         if value.ndim == 2 and ".layers." in key
         else value
         for key, value in weights.items()
@@ -141,16 +142,19 @@ def compressed_model(name: str = "grouped-query", density: float = 0.5, manifold
     """Our model with the linear layers compressed."""
     weights = compressed_weights(name, density, manifold)
     config = parse_config(make(name)[1])
-    return UPGModel(params=load(config, Weights(weights), jnp.dtype("float32")), config=config, name=name)
+    params = jax.tree.map(jnp.asarray, load(config, Weights(weights), jnp.dtype("float32")))
+    return UPGModel(params=params, config=config, name=name)
 
 
 def repeated(model: UPGModel, layers: int) -> UPGModel:
     """The model with its first layer `layers` times, stored as it was."""
 
     def repeat(weights: Any) -> Any:
-        if isinstance(weights, MdCSR):
-            return stack([jax.tree.map(lambda leaf: leaf[0], weights)] * layers)
-        return (weights[0],) * layers if isinstance(weights, tuple) else jnp.stack([weights[0]] * layers)
+        if isinstance(weights, tuple):
+            return (weights[0],) * layers
+        one = jax.tree.map(lambda leaf: np.asarray(leaf)[0], weights)
+        many = stack([one] * layers) if isinstance(one, MdCSR) else np.stack([one] * layers)
+        return jax.tree.map(jnp.asarray, many)
 
     params = {**model.params, "layers": {key: repeat(w) for key, w in model.params["layers"].items()}}
     return dataclasses.replace(

@@ -175,7 +175,7 @@ def run(tmp_path, bases, examples: int) -> None:
 
 
 def test_damaged_files_are_refused_or_read_exactly(tmp_path, bases):
-    run(tmp_path, bases, 1_500)
+    run(tmp_path, bases, 800)
 
 
 @pytest.mark.slow

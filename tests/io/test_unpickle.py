@@ -83,7 +83,7 @@ _model_data = st.recursive(
 
 
 @hypothesis.given(data=_model_data, protocol=st.sampled_from(PROTOCOLS))
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=300)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=150)
 def test_data_reads_as_pickle_reads_it(tmp_path, data, protocol):
     content = pickle.dumps(data, protocol=protocol)
     assert_same(plain(read(tmp_path, content)), pickle.loads(content))
@@ -158,7 +158,7 @@ def test_truncation_anywhere_is_refused(tmp_path, protocol):
     edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
     protocol=st.sampled_from(PROTOCOLS),
 )
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=500)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=300)
 def test_damage_is_refused_or_read_never_a_crash(tmp_path, edits, protocol):
     data = {
         "w": {"values": np.arange(5, dtype=np.int8), "s": scipy.sparse.csr_matrix(np.eye(2))},

@@ -21,7 +21,9 @@ def unrolled(params):
     def singles(weights):
         if not isinstance(weights, MdCSR):
             return weights
-        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], weights) for i in range(weights.stack_size))
+        return tuple(
+            jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], weights) for i in range(weights.stack_size)
+        )
 
     return {**params, "layers": {name: singles(weights) for name, weights in params["layers"].items()}}
 

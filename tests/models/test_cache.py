@@ -16,6 +16,10 @@ from upg_jax.models import forward, init_cache
 from upg_jax.models._attention import Scores, attend, attend_cached, attend_fresh, window_lengths
 from upg_jax.models._cache import positions_in, read, write
 
+compiled_attend = jax.jit(attend, static_argnums=5)
+compiled_attend_cached = jax.jit(attend_cached, static_argnums=(4, 7, 8))
+compiled_write = jax.jit(write, static_argnums=1)
+
 
 def test_tokens_are_stored_at_their_places_and_dropped_beyond_the_length():
     rng = np.random.default_rng(0)
@@ -61,17 +65,22 @@ def test_windows_grow_little_by_little_up_to_the_capacity(capacity, unrolled, gr
 def test_attention_over_what_is_filled_equals_attention_over_all(layers, window, length):
     rng = np.random.default_rng(length)
     scores = Scores(0.3, cap=2.0, window=window)
+    capacity = 150
     q = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(1, length, 2, 8)), jnp.float32) for _ in range(2))
-    held = 150 if window is None else window
+    k, v = (rng.normal(size=(1, capacity, 2, 8)).astype(np.float32) for _ in range(2))
+    held = capacity if window is None else window
     # Where nothing is stored lies garbage, as after a shorter answer.
     garbage = jnp.asarray(rng.normal(size=(layers, 1, 2, held, 8)), jnp.float32)
-    places = jnp.where(np.arange(length) >= length - held, np.arange(length) % held, held)[None]
-    buffers = tuple(write(garbage, layers - 1, x, places) for x in (k, v))
-    past, new = jnp.array([length - 1]), [x[:, -1:] for x in (k, v)]
-    cached = jax.jit(attend_cached, static_argnums=(4, 7, 8))
-    out, buffers = cached(q, *new, buffers, layers - 1, past, jnp.array([1]), 150, scores)
-    exact = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), past[None], jnp.arange(length)[None], scores)
+    positions = np.arange(capacity)
+    stored = (positions >= length - held) & (positions < length)
+    places = jnp.asarray(np.where(stored, positions % held, held))[None]
+    buffers = tuple(compiled_write(garbage, layers - 1, x, places) for x in (k, v))
+    past, new = jnp.array([length - 1]), [x[:, length - 1 : length] for x in (k, v)]
+    out, buffers = compiled_attend_cached(
+        q, *new, buffers, layers - 1, past, jnp.array([1]), capacity, scores
+    )
+    # Keys of later positions are not seen.
+    exact = compiled_attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), past[None], positions[None], scores)
     np.testing.assert_allclose(out, exact, atol=1e-6, rtol=0)
 
 
@@ -83,8 +92,9 @@ def test_fresh_tokens_attend_in_blocks_as_all_at_once(window):
     k, v = (jnp.asarray(rng.normal(size=(2, tokens, 2, 8)), jnp.float32) for _ in range(2))
     positions = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
     scores = Scores(0.3, cap=2.0, window=window)
-    whole = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, scores)
-    np.testing.assert_allclose(attend_fresh(q, k, v, positions, scores), whole, atol=1e-6, rtol=0)
+    expected = compiled_attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, scores)
+    found = jax.jit(attend_fresh, static_argnums=4)(q, k, v, positions, scores)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model", [dense_model, compressed_model])

@@ -55,7 +55,9 @@ def test_unrolled_storage_computes_the_same_as_one_loop(storage):
     for name, weights in layers.items():
         if not isinstance(weights, MdCSR) or (storage == "mixed" and name in ("q_proj", "down_proj")):
             continue
-        singles = [jax.tree.map(lambda leaf, i=i: leaf[i], weights) for i in range(weights.stack_size)]
+        singles = [
+            jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], weights) for i in range(weights.stack_size)
+        ]
         if storage == "dense-first-layer":
             singles[0] = jnp.asarray(decode_layer(singles[0]))
         layers[name] = tuple(singles)

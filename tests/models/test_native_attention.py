@@ -42,7 +42,7 @@ def inputs(case, dtype, layers=2):
     rng = np.random.default_rng(0)
 
     def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape), dtype)
+        return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
     buffers = tuple(draw(layers, batch, kv_heads, length, dim) for _ in range(2))
     new = draw(batch, 1, heads, dim), *(draw(batch, 1, kv_heads, dim) for _ in range(2))
@@ -53,38 +53,44 @@ def run(new, buffers, past, counts, capacity, scores, index=1):
     return attend_cached(*new, buffers, index, past, counts, capacity, scores)
 
 
+compiled = jax.jit(run, static_argnums=(4, 5, 6))
+
+
+# The kernel's loops are made for each dtype; what the scores ask for is an argument of all of them.
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
-    "scores", [Scores(scale=0.2), Scores(scale=0.5, cap=3.0), Scores(scale=0.2, window=20)], ids=str
+    ("dtype", "scores"),
+    [
+        (jnp.float32, Scores(scale=0.2)),
+        (jnp.float32, Scores(scale=0.2, window=20)),
+        (jnp.bfloat16, Scores(scale=0.5, cap=3.0)),
+        (jnp.float16, Scores(scale=0.5, cap=3.0, window=20)),
+    ],
+    ids=str,
 )
 def test_one_position_attends_like_the_definition(case, dtype, scores):
     (q, k, v), buffers, past, counts, capacity = inputs(case, dtype)
     with use_backend("native"):
-        out, (keys, values) = jax.jit(run, static_argnums=(4, 5))(
-            (q, k, v), buffers, past, counts, capacity, scores
-        )
+        out, (keys, values) = compiled((q, k, v), buffers, past, counts, capacity, scores)
+    # On the host, where an index is no program.
+    q, out, keys, values = (np.asarray(array, np.float32) for array in (q, out, keys, values))
     length = case[4]
     for b, before in enumerate(case[-1]):
         held = np.arange(max(before + 1 - length, 0), before + 1)
         place = held % length
         expected = softmax_oracle(
-            *(np.asarray(x, np.float32) for x in (q[b, 0], keys[1, b][:, place], values[1, b][:, place])),
+            q[b, 0],
+            keys[1, b][:, place],
+            values[1, b][:, place],
             before,
             held,
             scores,
         )
         # Scores are sums of `dim` products: each of their roundings moves a weight by as much, relatively.
-        products = (
-            np.abs(np.asarray(q[b, 0], np.float32)).sum(-1).max() * np.abs(np.asarray(keys, np.float32)).max()
-        )
-        bound = (
-            (16 + products * scores.scale)
-            * np.finfo(np.float32).eps
-            * np.abs(np.asarray(values, np.float32)).max()
-        )
+        products = np.abs(q[b, 0]).sum(-1).max() * np.abs(keys).max()
+        bound = (16 + products * scores.scale) * np.finfo(np.float32).eps * np.abs(values).max()
         rounding = float(jnp.finfo(dtype).eps) * np.abs(expected) + float(jnp.finfo(dtype).tiny)
-        assert np.all(np.abs(np.asarray(out[b, 0], np.float32) - expected) <= bound + rounding)
+        assert np.all(np.abs(out[b, 0] - expected) <= bound + rounding)
 
 
 @pytest.mark.parametrize("name", _native.load().usable_kernels if _native.load() else [])
@@ -92,12 +98,12 @@ def test_one_position_attends_like_the_definition(case, dtype, scores):
 def test_every_instruction_set_computes_the_same(case, name):
     new, buffers, past, counts, capacity = inputs(case, jnp.bfloat16)
     # Without a result's rounding to bfloat16, in which neighbours differ by far more than sums do.
-    new, buffers = jax.tree.map(lambda x: x.astype(jnp.float32), (new, buffers))
+    new, buffers = jax.tree.map(lambda x: np.asarray(x, np.float32), (new, buffers))
     scores = Scores(scale=0.1, cap=4.0)
     with use_backend("reference"):
-        expected, _ = run(new, buffers, past, counts, capacity, scores)
+        expected, _ = compiled(new, buffers, past, counts, capacity, scores)
     with use_backend("native"), _native.load().use_kernels(name):
-        out, _ = run(new, buffers, past, counts, capacity, scores)
+        out = np.asarray(compiled(new, buffers, past, counts, capacity, scores)[0])
     products = np.abs(np.asarray(new[0])).sum(-1).max() * np.abs(np.asarray(buffers[0])).max()
     bound = (16 + products * scores.scale) * np.finfo(np.float32).eps * np.abs(np.asarray(buffers[1])).max()
     np.testing.assert_allclose(out, expected, rtol=0, atol=2 * bound)
@@ -108,7 +114,7 @@ def test_it_lowers_to_the_kernel_on_cpus_alone_and_the_reference_to_none():
     scores = Scores(scale=1.0)
 
     def lowered(platform):
-        traced = jax.jit(run, static_argnums=(4, 5)).trace(new, buffers, past, counts, capacity, scores)
+        traced = compiled.trace(new, buffers, past, counts, capacity, scores)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert _native.ATTEND in lowered("cpu")
@@ -124,17 +130,19 @@ def test_derivatives_and_vmap_agree_with_the_reference():
     def loss(new, buffers):
         return jnp.sum(run(new, buffers, past, counts, capacity, scores)[0] ** 2)
 
-    def mapped(new, buffers):
-        return jax.vmap(
+    @jax.jit
+    def both(new, buffers):
+        mapped = jax.vmap(
             lambda scale: run(
                 jax.tree.map(lambda x: x * scale, new), buffers, past, counts, capacity, scores
             )[0]
-        )(jnp.array([0.5, 1.0, 2.0]))
+        )
+        return jax.grad(loss, (0, 1))(new, buffers), mapped(jnp.array([0.5, 1.0, 2.0]))
 
     with use_backend("reference"):
-        expected = jax.grad(loss, (0, 1))(new, buffers), mapped(new, buffers)
+        expected = both(new, buffers)
     with use_backend("native"):
-        found = jax.grad(loss, (0, 1))(new, buffers), mapped(new, buffers)
+        found = both(new, buffers)
     # Gradients pass the kernel's own output on, which differs by roundings.
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -142,19 +150,21 @@ def test_derivatives_and_vmap_agree_with_the_reference():
 
 def test_hostile_positions_lengths_and_layers_stay_inside_the_cache():
     new, buffers, _, _, capacity = inputs(CASES[1], jnp.float32)
+    hostile = jax.jit(run, static_argnums=(4, 5))
     with use_backend("native"):
         for index in (-5, 99):
             for past in ([-(2**31), 2**31 - 2, -1], [10**9, -7, 2**31 - 1]):
                 counts = jnp.asarray([0, 1, -3], jnp.int32)
-                out, _ = run(
-                    new, buffers, jnp.asarray(past, jnp.int32), counts, capacity, Scores(scale=1.0), index
-                )
+                past = jnp.asarray(past, jnp.int32)
+                out, _ = hostile(new, buffers, past, counts, capacity, Scores(scale=1.0), index)
                 assert out.shape == (3, 1, 64)
 
 
 def test_a_key_that_is_no_number_shows_in_the_result():
     (q, k, v), buffers, past, counts, capacity = inputs(CASES[0], jnp.float32)
     with use_backend("native"):
-        out, _ = run((q, k.at[0, 0, 1].set(jnp.nan), v), buffers, past, counts, capacity, Scores(scale=1.0))
+        out, _ = compiled(
+            (q, k.at[0, 0, 1].set(jnp.nan), v), buffers, past, counts, capacity, Scores(scale=1.0)
+        )
     heads = np.isnan(np.asarray(out).reshape(9, 64)).all(axis=1)
     assert heads.tolist() == [False] * 3 + [True] * 3 + [False] * 3

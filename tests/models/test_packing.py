@@ -85,7 +85,8 @@ def test_matrices_stored_one_by_one_are_joined_too():
     for name, weights in layers.items():
         if isinstance(weights, MdCSR):
             layers[name] = tuple(
-                jax.tree.map(lambda leaf, i=i: leaf[i], weights) for i in range(weights.stack_size)
+                jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], weights)
+                for i in range(weights.stack_size)
             )
     layers["k_proj"] = (layers["k_proj"][0], jnp.asarray(decode_layer(layers["k_proj"][1])))
     params = {**model.params, "layers": layers}

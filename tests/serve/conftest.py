@@ -6,7 +6,6 @@ import time
 
 import pytest
 from helpers.serving import serving
-from small_models import byte_level
 
 from upg_jax import UPGModel
 from upg_jax.inference import Engine
@@ -15,8 +14,8 @@ SLOTS = 3
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return UPGModel.from_file(byte_level.write(tmp_path_factory.mktemp("model") / "small.gguf"))
+def model(gguf_model):
+    return UPGModel.from_file(gguf_model)
 
 
 @pytest.fixture(scope="session")

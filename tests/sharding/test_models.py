@@ -213,7 +213,7 @@ def test_two_processes_generate_together(shape, path_of, single):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
     }
     port = free_port()

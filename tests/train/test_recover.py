@@ -120,9 +120,9 @@ def test_unfinished_work_from_other_settings_is_refused(models, tmp_path):
 
 def test_minutes_end_a_training(models, tmp_path):
     dense, half = models
-    settings = dataclasses.replace(BUDGET, tokens=None, minutes=0.05)
+    settings = dataclasses.replace(BUDGET, tokens=None, minutes=0.01)
     done = recover(half, dense, [TEXT], tmp_path / "m", settings)
-    assert 3 <= done.seconds < 120
+    assert 0.6 <= done.seconds < 120
     assert done.steps >= 1
 
 

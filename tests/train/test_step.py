@@ -14,23 +14,32 @@ from upg_jax.train import Student, Teacher, distillation_loss
 from upg_jax.train._step import _POSITIONS, gradient
 
 
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("step")
+    source = llama.write_hugging_face(directory / "hf", llama.weights(), attention_bias=False)
+    compress_checkpoint(source, directory / "m", Settings(density=0.5))
+    student = Student.from_model(UPGModel.from_file(directory / "m", pack=False))
+    return student, Teacher.from_model(UPGModel.from_file(source))
+
+
 @pytest.mark.parametrize("tokens", [7, 70])
-def test_the_gradient_is_that_of_the_loss_of_all_positions(tmp_path, tokens):
-    source = llama.write_hugging_face(tmp_path / "hf", llama.weights(), attention_bias=False)
-    compress_checkpoint(source, tmp_path / "m", Settings(density=0.5))
-    student = Student.from_model(UPGModel.from_file(tmp_path / "m", pack=False))
-    teacher = Teacher.from_model(UPGModel.from_file(source))
+def test_the_gradient_is_that_of_the_loss_of_all_positions(networks, tokens):
+    student, teacher = networks
     ids = jnp.asarray(np.random.default_rng(0).integers(0, llama.VOCABULARY, (2, tokens)))
     assert (ids.size > _POSITIONS) == (tokens == 70)
 
-    def loss(trained):
-        found = distillation_loss(
-            student.with_trained(trained).logits(ids), teacher.logits(ids), ids, language_model=0.25
-        )
-        return found.total, found
+    @jax.jit
+    def plainly(trained, student, teacher):
+        def loss(trained):
+            logits = student.with_trained(trained).logits(ids)
+            found = distillation_loss(logits, teacher.logits(ids), ids, language_model=0.25)
+            return found.total, found
+
+        return jax.grad(loss, has_aux=True)(trained)
 
     trained = student.trained()
-    expected, losses = jax.grad(loss, has_aux=True)(trained)
+    expected, losses = plainly(trained, student, teacher)
     found, found_losses = jax.jit(gradient, static_argnames="weights")(
         trained, student.without_trained(), teacher, ids, weights=(1.0, 0.25)
     )
