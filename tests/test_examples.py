@@ -1,0 +1,85 @@
+"""The notebooks and scripts in examples/ do what they say, on small sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_models import byte_level
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    pytest.importorskip("gguf", reason='pip install "upg-jax[test]"')
+    return byte_level.write(tmp_path_factory.mktemp("model") / "small.gguf")
+
+
+def run(*arguments, standard_input: str | None = None, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        input=standard_input,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    return [
+        cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, small_model, tmp_path):
+    for package in ("matplotlib", "optax"):
+        pytest.importorskip(package, reason='pip install "upg-jax[notebook]"')
+    script = tmp_path / f"{path.stem}.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells(path, "code")), encoding="utf-8")
+    small = {"MPLBACKEND": "agg", "WIDTH": "256", "UPG_JAX_SMOLLM2_GGUF": str(small_model)}
+    printed = run(script, TMPDIR=str(tmp_path), **small)
+    assert "False" not in printed  # what the notebooks claim of their results, they check
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebooks_outputs_are_there_small_and_of_no_machine(path):
+    assert path.stat().st_size < 100_000
+    code = cells(path, "code")
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert "stream" in kinds
+    assert "error" not in kinds
+    # A plain run from top to bottom.
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    text = "".join(json.dumps(cell["outputs"]) for cell in code)
+    assert not re.search(r"/(root|home|tmp|work|Users)/", text)
+
+
+def test_a_conversation(small_model):
+    printed = run(EXAMPLES / "chat.py", small_model, standard_input="hello\n")
+    assert printed.startswith("> ")
+    assert printed.endswith("\n> ")  # after the answer, the end of the input
+
+
+def test_a_sharded_block_sends_one_sum_and_is_right():
+    printed = run(EXAMPLES / "sharded_forward.py")
+    assert "['all-reduce']" in printed
+    assert "in 8 blocks" in printed
+    assert float(re.search(r"one device: (\S+)", printed)[1]) < 1e-5
+
+
+def test_an_exported_program_runs_in_another_process(tmp_path):
+    pytest.importorskip("flatbuffers", reason='pip install "upg-jax[test]"')
+    files = (tmp_path / "program.bin", tmp_path / "layer.safetensors")
+    saved = run(EXAMPLES / "export.py", "save", *files)
+    assert run(EXAMPLES / "export.py", "run", *files).strip() == saved.splitlines()[-1]
