@@ -1,9 +1,9 @@
 """A whole model of Phi-4's shapes on an NVIDIA GPU: greedy decoding at batch 1 through `UPGModel`.
 
-    python -m benchmarks.nvidia_model --out rows.jsonl [--densities 0.1 0.5] [--trace DIRECTORY]
+    python -m benchmarks.nvidia_model --out rows.jsonl [--densities 0.1 0.5] [--gpus 2] [--trace DIRECTORY]
 
 Weights are random and made on the device, so that the text means nothing and the speed is the real thing's. Each row is
-one model: tokens a second after a prompt of 512 tokens, the median of repeats, and the device's memory.
+one model: tokens a second after a prompt of 512 tokens, the median of repeats, and the first device's memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import upg_jax
 from benchmarks.nvidia import planes
 from examples.phi4_generate import PHI_4
 from upg_jax import UPGModel
-from upg_jax.models import parse_config, weights
+from upg_jax.models import parse_config, shard_params, weights
 
 
 def random_model(layers: int, density: float | None, manifold: str) -> UPGModel:
@@ -46,6 +46,20 @@ def random_model(layers: int, density: float | None, manifold: str) -> UPGModel:
             shape = (layers, *weight.shape) if weight.per_layer else weight.shape
             into[weight.slot] = jnp.ones(shape, jnp.bfloat16)
     return UPGModel(params=params, config=config)
+
+
+def on_several(layers: int, density: float, manifold: str, gpus: int) -> UPGModel:
+    """The same, cut over GPUs: layers have the same planes, so that one is cut, and repeated where its blocks are."""
+    one = random_model(1, density, manifold)
+    mesh = jax.make_mesh((gpus,), ("model",), devices=jax.devices()[:gpus])
+    params = shard_params(one.params, one.config, mesh, "model")
+
+    def repeat(leaf: jax.Array) -> jax.Array:
+        shape = (layers, *leaf.shape[1:])
+        return jax.jit(lambda a: jnp.broadcast_to(a, shape), out_shardings=leaf.sharding)(leaf)
+
+    params["layers"] = jax.tree.map(repeat, params["layers"])
+    return UPGModel(params=params, config=parse_config({**PHI_4, "num_hidden_layers": layers}))
 
 
 def seconds_a_token(model: UPGModel, prompt: int, tokens: int) -> tuple[float, float]:
@@ -90,6 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("nvidia_model.jsonl"))
     parser.add_argument("--densities", nargs="*", type=float, default=[0.1, 0.5])
     parser.add_argument("--dense", action="store_true", help="also the model with dense bfloat16 matrices")
+    parser.add_argument("--gpus", type=int, default=1, help="share the model among so many")
     parser.add_argument("--manifold", choices=("unit", "prime"), default="unit")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--prompt", type=int, default=512)
@@ -100,7 +115,10 @@ def main() -> None:
     device = jax.devices()[0]
     where = {"gpu": device.device_kind, "jax": jax.__version__, "upg_jax": upg_jax.__version__}
     for density in [*options.densities, *([None] if options.dense else [])]:
-        model = random_model(options.layers, density, options.manifold)
+        if options.gpus > 1 and density is not None:
+            model = on_several(options.layers, density, options.manifold, options.gpus)
+        else:
+            model = random_model(options.layers, density, options.manifold)
         seconds_a_token(model, options.prompt, 8)  # compiles
         found = [seconds_a_token(model, options.prompt, options.tokens) for _ in range(options.repeats)]
         memory = device.memory_stats() or {}
@@ -108,6 +126,7 @@ def main() -> None:
             **where,
             "time": time.time(),
             "topic": "model",
+            "gpus": 1 if density is None else options.gpus,
             "layers": options.layers,
             "density": density,
             "manifold": None if density is None else options.manifold,

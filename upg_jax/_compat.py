@@ -22,6 +22,7 @@ __all__ = [
     "explicit_sharding",
     "manual_axes",
     "mlir",
+    "other_mesh_is_set",
     "require_shard_map",
     "reshard",
     "unify_varying",
@@ -75,6 +76,12 @@ def require_shard_map(operation: str) -> None:
 def manual_axes() -> frozenset[str]:
     """Mesh axes that the code being traced runs once along each device of, under `jax.shard_map`."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def other_mesh_is_set(mesh: Any) -> bool:
+    """Whether the caller is inside `jax.set_mesh` of another mesh, or of this one with axes of other types."""
+    context = jax.sharding.get_abstract_mesh()
+    return not context.empty and context != mesh.abstract_mesh
 
 
 def reshard(x: Any, sharding: Any) -> Any:

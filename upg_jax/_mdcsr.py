@@ -269,12 +269,17 @@ def stack(layers: Sequence[MdCSR]) -> MdCSR:
         A layer whose leaves have a leading axis of `len(layers)`.
 
     Raises:
+        TypeError: for a layer that is no `MdCSR`.
         ValueError: if there is no layer, one is a stack already, or metadata differ.
     """
     layers = list(layers)
     if not layers:
         raise ValueError("stack: needs at least one layer; got none")
     for i, layer in enumerate(layers):
+        if not isinstance(layer, MdCSR):
+            raise TypeError(
+                f"stack: needs upg_jax.MdCSR layers; layer {i} is a {type(layer).__name__}; stack before shard"
+            )
         if layer.stack_size is not None:
             raise ValueError(f"stack: needs unstacked layers; layer {i} is {layer!r}")
         for field in (*STATIC_FIELDS, "manifold"):

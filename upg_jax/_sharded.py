@@ -105,8 +105,9 @@ class ShardedMdCSR:
         cut by columns if they were as encoders make them.
 
         Raises:
-            ValueError: if some blocks lie on devices of other processes.
+            ValueError: if some blocks lie on devices of other processes, or under a JAX transformation.
         """
+        _need_concrete(self.block, "ShardedMdCSR.unshard", "take the layer out of it")
         if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.block)):
             raise ValueError(
                 "ShardedMdCSR.unshard: all blocks must lie in this process; some lie in others; read the file that the "
@@ -191,10 +192,7 @@ def shard(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim = "out") -> ShardedMdCSR
 def shard_as(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim, cut: Cut) -> ShardedMdCSR:
     """`shard` with a cut of the caller's."""
     _compat.require_shard_map("shard")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layer)):
-        raise ValueError(
-            "shard: needs concrete arrays; it was called under jit, vmap or grad; shard the layer before"
-        )
+    _need_concrete(layer, "shard", "shard the layer before")
     if dim == "in":
         check_groups(cut, layer.group_size)
     host = jax.tree.map(np.asarray, layer)
@@ -241,6 +239,13 @@ def _place(block: Callable[[int], MdCSR], mesh: Mesh, axis: str, dim: Dim) -> di
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), parts)
 
     return {plane: whole(plane, parts) for plane, parts in placed.items()}
+
+
+def _need_concrete(layer: MdCSR, operation: str, instead: str) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layer)):
+        raise ValueError(
+            f"{operation}: needs concrete arrays; it was called under jit, vmap or grad; {instead}"
+        )
 
 
 def _layers(host: MdCSR) -> list[MdCSR]:

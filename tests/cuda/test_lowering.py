@@ -9,9 +9,10 @@ import jax.export
 import jax.numpy as jnp
 import pytest
 from helpers.layers import Case
+from helpers.versions import needs
 
 import metal_ops
-from upg_jax import BackendError, _cuda, pack, sparse_dense, stack, use_backend
+from upg_jax import BackendError, _cuda, pack, shard, sparse_dense, stack, use_backend
 
 pytestmark = pytest.mark.skipif(
     _cuda.unavailable_reason() is not None, reason=f"cuda: {_cuda.unavailable_reason()}"
@@ -76,6 +77,21 @@ def test_columns_beyond_shared_memory_take_the_kernel_that_stages_nothing():
     layer = Case("last_column", (3, 70_000)).layer
     (name,) = kernels(program(sparse_dense, jnp.ones(70_000), layer))
     assert name.split("/")[0] == "sparse_matvec_simd"
+
+
+@needs("shard_map")
+@pytest.mark.parametrize(("dim", "block"), [("out", (9, 67)), ("in", (33, 17))])
+@pytest.mark.parametrize(("batch", "kernel"), [(1, "sparse_matvec_stream"), (100, "mdcsr_levels")])
+def test_a_sharded_layer_is_one_call_for_a_device_s_block(dim, block, batch, kernel):
+    layer = shard(PRIME.layer, jax.make_mesh((4,), ("model",)), "model", dim)
+    text = program(sparse_dense, jnp.ones((batch, 67)), layer)
+    ((file, _, _),) = [name.split("/") for name in kernels(text)]
+    assert file == kernel
+    (call,) = [line for line in text.splitlines() if "custom_call" in line and _cuda.LAUNCH in line]
+    assert f"tensor<1x{block[0] + 1}xui32>" in call
+    assert f"x{block[1]}xf32>" in call
+    assert text.count("all_reduce") == (dim == "in")
+    assert "all_gather" not in text
 
 
 @pytest.mark.parametrize("index", ["mask", "dense"])

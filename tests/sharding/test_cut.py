@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle.mdcsr import decode_layer
 
-from upg_jax import MdCSR, UPGDecompressor, save, shard, stack
+from upg_jax import FormatError, MdCSR, UPGDecompressor, save, shard, stack
 from upg_jax._cut import PADDING, even_cut, pieces_in_order, pieces_of, take_columns, take_rows
 from upg_jax._mdcsr import PLANES
 from upg_jax._sharded import shard_as
@@ -198,6 +198,19 @@ def test_what_cannot_be_cut_is_refused_by_name(mesh):
         shard_as(narrow, mesh, "model", "in", even_cut(130, BLOCKS))
     with pytest.raises(ValueError, match="needs concrete arrays"):
         jax.jit(lambda layer: shard(layer, mesh, "model"))(layer)
+    sharded = shard(layer, mesh, "model")
+    with pytest.raises(ValueError, match=r"unshard: needs concrete arrays; .* under jit"):
+        jax.jit(lambda sharded: sharded.to_dense())(sharded)
+    with pytest.raises(TypeError, match=r"layer 1 is a ShardedMdCSR; stack before shard"):
+        stack([layer, sharded])
+
+
+def test_a_file_takes_whole_layers_alone(mesh, tmp_path):
+    sharded = shard(Case("random", (8, 12)).layer, mesh, "model")
+    with pytest.raises(
+        FormatError, match=r"'w': files hold whole layers; got ShardedMdCSR\(8x12.*unshard\(\)"
+    ):
+        save(tmp_path / "x.safetensors", {"w": sharded})
 
 
 def test_a_sharded_layer_is_a_pytree_that_says_what_it_is(mesh):

@@ -92,6 +92,24 @@ def test_the_same_logits_and_a_cache_of_the_devices_heads(batch, path_of, single
     assert cache.lengths.is_fully_replicated
 
 
+def test_the_caller_may_have_set_another_mesh(path_of, single):
+    """`jax.make_mesh` gives explicit axes, a model has others."""
+    _, (expected, _) = single("llama")
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        model = UPGModel.from_file(path_of("llama"), mesh=mesh, pack=False)
+        answer = model.generate(PROMPTS[0], **GREEDY)
+        streamed = []
+        for token in model.stream(PROMPTS[0], **GREEDY):
+            streamed.append(token.id)
+            assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+        ids = jnp.asarray([PROMPTS[0]])
+        logits, _ = model.forward(ids)
+    assert answer.ids == expected
+    assert [token for token in streamed if token is not None] == expected
+    assert logits[0, -1].argmax() == expected[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_streaming(name, path_of, single):

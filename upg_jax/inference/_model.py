@@ -30,6 +30,7 @@ from upg_jax.models import (
     init_cache,
     is_stacked,
     load,
+    on_own_mesh,
     pack_params,
     parse_config,
     placement,
@@ -131,7 +132,8 @@ class UPGModel:
         where, stacked = placement(layers), is_stacked(layers)
         if where is None:
             return init_cache(self.config, batch, capacity, dtype=self.dtype, stacked=stacked)
-        return sharded_cache(where, self.config, batch, capacity, dtype=self.dtype, stacked=stacked)
+        with on_own_mesh(layers):
+            return sharded_cache(where, self.config, batch, capacity, dtype=self.dtype, stacked=stacked)
 
     def forward(self, ids: Any, cache: KVCache | None = None) -> tuple[jax.Array, KVCache]:
         """Computes logits for new tokens. Compiled; nothing is donated, so every argument stays usable.
@@ -158,7 +160,8 @@ class UPGModel:
         if cache.batch != batch:
             raise ValueError(f"UPGModel.forward: the cache is for {cache.batch} sequences; got {batch}")
         if not isinstance(ids, jax.core.Tracer):
-            self._check_ids(np.asarray(ids), "UPGModel.forward")
+            ids = np.asarray(ids)
+            self._check_ids(ids, "UPGModel.forward")
         if not isinstance(cache.lengths, jax.core.Tracer):
             filled = int(np.max(np.asarray(cache.lengths), initial=0))
             if filled + tokens > cache.capacity:
@@ -166,7 +169,8 @@ class UPGModel:
                     f"UPGModel.forward: the cache has room for {cache.capacity} tokens; got {tokens} after "
                     f"{filled}; make a larger one with init_cache"
                 )
-        return run_forward(self.params, self.config, jnp.asarray(ids, jnp.int32), cache)
+        with on_own_mesh(self.params["layers"]):
+            return run_forward(self.params, self.config, jnp.asarray(ids, jnp.int32), cache)
 
     @overload
     def generate(self, prompt: Prompt, **settings: Any) -> Generation: ...
@@ -206,7 +210,8 @@ class UPGModel:
             raise ValueError(f"generate: n must be an integer of at least 1; got {n!r}")
         if not prompts:
             return []
-        answers = generate(self, prompts, GenerationSettings(**settings), seed, n)
+        with on_own_mesh(self.params["layers"]):
+            answers = generate(self, prompts, GenerationSettings(**settings), seed, n)
         grouped = [answers[i : i + n] for i in range(0, len(answers), n)] if n > 1 else answers
         return grouped[0] if single else grouped
 
@@ -222,7 +227,8 @@ class UPGModel:
         Raises:
             ValueError: as `generate`.
         """
-        return stream(self, self.encode(prompt), GenerationSettings(**settings))
+        tokens = stream(self, self.encode(prompt), GenerationSettings(**settings))
+        return tokens if placement(self.params["layers"]) is None else _on_own_mesh(tokens, self)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a text, or the ids that were given, checked against the vocabulary.
@@ -298,6 +304,16 @@ def _is_single(prompt: Any) -> bool:
     if isinstance(prompt, (np.ndarray, jax.Array)):
         return prompt.ndim == 1
     return len(prompt) > 0 and all(isinstance(token, (int, np.integer)) for token in prompt)
+
+
+def _on_own_mesh(tokens: Iterator[StreamedToken], model: UPGModel) -> Iterator[StreamedToken]:
+    """The caller has its own mesh between tokens."""
+    while True:
+        with on_own_mesh(model.params["layers"]):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
 
 
 def _on_the_host() -> contextlib.AbstractContextManager[Any]:

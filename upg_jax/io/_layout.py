@@ -22,6 +22,7 @@ import numpy as np
 from upg_jax._entries import MAX_ENTRIES
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import MdCSR
+from upg_jax._sharded import ShardedMdCSR
 from upg_jax._validate import check_scales, validate
 from upg_jax._values import count_nonzero
 from upg_jax.io._header import CODE_OF, METADATA_KEY, check_text
@@ -101,6 +102,8 @@ def _describe_leaf(key: str, leaf: Any) -> Iterator[Item]:
     where = f"save: tensor {key!r}"
     if not isinstance(key, str):
         raise FormatError(f"{where}: names must be strings")
+    if isinstance(leaf, ShardedMdCSR):
+        raise FormatError(f"{where}: files hold whole layers; got {leaf!r}; save what its unshard() returns")
     if not isinstance(leaf, MdCSR):
         if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)) or leaf.dtype not in CODE_OF:
             kinds = ", ".join(str(dtype) for dtype in CODE_OF)

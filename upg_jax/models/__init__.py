@@ -9,7 +9,13 @@ from upg_jax.models._embedding import decoded_rows
 from upg_jax.models._families import load, parse_config, weights
 from upg_jax.models._linear import Linear, Linears, is_stacked
 from upg_jax.models._packing import pack_params
-from upg_jax.models._tensor_parallel import placement, replicated, shard_params, sharded_cache
+from upg_jax.models._tensor_parallel import (
+    on_own_mesh,
+    placement,
+    replicated,
+    shard_params,
+    sharded_cache,
+)
 from upg_jax.models._weights import Weight, WeightSource, can_stack, stack_layers
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "init_cache",
     "is_stacked",
     "load",
+    "on_own_mesh",
     "pack_params",
     "parse_config",
     "placement",

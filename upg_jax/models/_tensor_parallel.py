@@ -7,6 +7,7 @@ code is that of a single one with fewer heads; the only communication is the sum
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from upg_jax._compat import require_shard_map
+from upg_jax._compat import other_mesh_is_set, require_shard_map
 from upg_jax._cut import PADDING, Cut, even_cut, sources
 from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import MdCSR
@@ -219,6 +220,17 @@ def _leaves(layers: Any) -> list[Any]:
 
 def _is_sharded(leaf: Any) -> bool:
     return isinstance(leaf, ShardedMdCSR)
+
+
+def on_own_mesh(layers: Any) -> contextlib.AbstractContextManager[Any]:
+    """Takes sharded layers out of another mesh that the caller has set, where nothing is being traced."""
+    where = placement(layers)
+    if where is None or not other_mesh_is_set(where[0]):
+        return contextlib.nullcontext()
+    try:
+        return jax.set_mesh(where[0])
+    except ValueError:  # under a trace
+        return contextlib.nullcontext()
 
 
 def replicated(array: jax.Array, layers: Any) -> jax.Array:
