@@ -65,7 +65,8 @@ def build(code: str, options: Sequence[str], *, name: str, suffix: str) -> Path:
         SourceError: the compiler refuses the code; the message holds what it said.
     """
     path = compiler()
-    options = ["-std=c++17", "-g1", *options, f"-I{INCLUDE / 'emulator'}"]
+    options = ["-std=c++17", "-g1", *options]
+    # The headers by what they say, not by where this package is installed.
     digest = hashlib.sha256()
     for part in (code.encode(), _headers("emulator"), "\0".join(options).encode(), identity(path).encode()):
         digest.update(hashlib.sha256(part).digest())
@@ -83,7 +84,7 @@ def build(code: str, options: Sequence[str], *, name: str, suffix: str) -> Path:
     with temporary as folder:
         source, result = Path(folder, f"{name}.cc"), Path(folder, f"{name}{suffix}")
         source.write_text(code, encoding="utf-8")
-        command = [path, *options, str(source), "-o", str(result)]
+        command = [path, *options, f"-I{INCLUDE / 'emulator'}", str(source), "-o", str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SourceError(f"{name}: does not compile for the emulator:\n{done.stderr.strip()[:4000]}")

@@ -205,6 +205,19 @@ def test_processes_may_compile_the_same_at_once(tmp_path):
     assert len(os.listdir(cache)) == 1
 
 
+def test_what_is_compiled_is_found_by_another_installation(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAL_OPS_CACHE", str(tmp_path / "cache"))
+    here = _build.build("int f() { return 1; }", ("-shared", "-fPIC"), name="f", suffix=".so")
+    elsewhere = shutil.copytree(_build.INCLUDE, tmp_path / "include")
+    monkeypatch.setattr(_build, "INCLUDE", elsewhere)
+    _build._headers.cache_clear()
+    assert _build.build("int f() { return 1; }", ("-shared", "-fPIC"), name="f", suffix=".so") == here
+    (elsewhere / "emulator" / "types.h").write_text("// another version's")
+    _build._headers.cache_clear()
+    assert _build.build("int f() { return 1; }", ("-shared", "-fPIC"), name="f", suffix=".so") != here
+    _build._headers.cache_clear()
+
+
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path):
     (tmp_path / "k.metal").write_text(
         "#include <metal_stdlib>\nkernel void k(device float* y [[buffer(0)]]) {}\n"
