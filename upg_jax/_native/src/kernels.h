@@ -53,11 +53,12 @@ constexpr size_t kMatrixRows = 32;
 struct Kernels {
   const char* name;
 
-  // y[r] = W[r] . x for `rows`. `x` has kVectorSlack floats behind it and is aligned to kAlignment.
+  // y[r] = W[r] . x for `rows`, whose index is deltas or whose manifold is prime. `x` has kVectorSlack floats behind it
+  // and is aligned to kAlignment.
   void (*product_with_vector)(const Layer&, const float* x, float* y, Range rows);
-  // y[v * rows + r] for `rows` and up to kSingleVectorsOfWholeRows vectors; the index is a mask, or dense, the manifold
-  // unit.
-  void (*product_with_vectors)(const Layer&, const float* x, size_t vectors, float* y, Range rows);
+  // y[v * rows + r] for `rows` and up to kVectorsOfWholeRows vectors, packed by words (slabs.h); the index is a mask, or
+  // dense, the manifold unit.
+  void (*product_of_whole_rows)(const Layer&, const float* x, size_t vectors, float* y, Range rows);
   // y[v * rows + r] for `rows` and the vectors of `slabs` (at most kSlabsAtOnce), from packed `x` (slabs.h).
   void (*product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
   // The same for rows that are nearly full; their index is a mask, or dense, and their manifold is unit.

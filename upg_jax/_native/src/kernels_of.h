@@ -5,9 +5,9 @@
 #include "dense.h"
 #include "matrix_product.h"
 #include "product.h"
-#include "several_vectors.h"
 #include "transposed.h"
 #include "vector_product.h"
+#include "whole_rows.h"
 
 namespace upg {
 namespace {
@@ -17,7 +17,7 @@ constexpr Kernels kernels_of() {
   return {
       Isa::kName,
       product_with_vector<Isa>,
-      product_with_vectors<Isa>,
+      product_of_whole_rows<Isa>,
       product<Isa>,
       matrix_product<Isa>,
       add_transposed_with_vector<Isa>,

@@ -34,8 +34,8 @@ struct Range {
   size_t end;
 };
 
-static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-static inline size_t larger(size_t a, size_t b) { return a < b ? b : a; }
+static constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+static constexpr size_t larger(size_t a, size_t b) { return a < b ? b : a; }
 static inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Words of 64 columns, of which a row's mask has one bit each.

@@ -19,23 +19,26 @@ static_assert(kMatrixRows <= Workspace::kRows, "a tile's sums must fit the works
 template <class Isa>
 class RowBlocks {
  public:
-  RowBlocks(const Layer& layer, size_t row, size_t rows, float* levels) : rows_(rows), levels_(levels) {
-    for (size_t t = 0; t < rows; ++t) values_[t] = RowValues<Isa>(layer, row + t);
+  RowBlocks(const Layer& layer, size_t row, size_t rows, float* levels) : layer_(layer), rows_(rows), levels_(levels) {
+    for (size_t t = 0; t < rows; ++t) values_[t] = RowWords<Isa>(layer, row + t);
   }
 
   void next(size_t columns) {
     using Run = typename Isa::Run;
-    alignas(64) std::int8_t buffer[kBlockColumns];
+    alignas(64) std::int8_t buffer[64];
     for (size_t t = 0; t < rows_; ++t) {
-      const std::int8_t* values = values_[t].next((columns + 63) / 64, buffer);
       float* const out = levels_ + t * kBlockStride;
-      for (size_t c = 0; c < columns; c += Isa::kRun) Run::store(out + c, Run::from_int8(values + c));
+      for (size_t word = 0; word < columns; word += 64) {
+        const std::int8_t* values = values_[t].next(layer_, buffer);
+        for (size_t c = 0; c < 64; c += Isa::kRun) Run::store(out + word + c, Run::from_int8(values + c));
+      }
     }
   }
 
  private:
   static_assert(kBlockColumns % 64 == 0, "values come in whole words");
-  RowValues<Isa> values_[kMatrixRows];
+  const Layer& layer_;
+  RowWords<Isa> values_[kMatrixRows];
   size_t rows_;
   float* levels_;
 };

@@ -11,14 +11,14 @@ size_t size_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 
 }  // namespace
 
-void pack(const Vectors& x, size_t group, size_t features, Range range, float* packed, size_t single) {
+void pack(const Vectors& x, size_t group, size_t features, Range range, float* packed) {
   if (range.begin == range.end) return;  // of no features, x may be null
   const size_t size = size_of(x.element);
   const auto element = [&](size_t vector, size_t feature) {
     return static_cast<const char*>(x.data) + ((group * x.count + vector) * features + feature) * size;
   };
   const auto to_float = kernels().to_float;
-  if (x.count <= single) {
+  if (x.count <= kSingleVectors) {
     for (size_t v = 0; v < x.count; ++v) {
       float* out = packed + v * vector_stride(features) + range.begin;
       to_float(element(v, range.begin), x.element, out, range.end - range.begin);
@@ -43,6 +43,21 @@ void pack(const Vectors& x, size_t group, size_t features, Range range, float* p
         for (size_t i = 0; i < n; ++i) {
           for (size_t v = 0; v < kUnit; ++v) out[i * slab.width + v] = chunk[v][i];
         }
+      }
+    }
+  }
+}
+
+void pack_by_words(const Vectors& x, size_t group, size_t features, Range range, float* packed) {
+  const size_t size = size_of(x.element);
+  for (size_t v = 0; v < x.count; ++v) {
+    const char* const vector = static_cast<const char*>(x.data) + (group * x.count + v) * features * size;
+    for (size_t begin = range.begin, end; begin < range.end; begin = end) {
+      end = smaller(range.end, begin / 64 * 64 + 64);
+      float* const word = packed + (begin / 64 * x.count + v) * 64;
+      kernels().to_float(vector + begin * size, x.element, word + begin % 64, end - begin);
+      if (end == features) {
+        for (size_t i = end - begin / 64 * 64; i < 64; ++i) word[i] = 0;
       }
     }
   }

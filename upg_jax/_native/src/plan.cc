@@ -54,11 +54,10 @@ class ProductPlan : public Plan {
         x_(x),
         y_(y),
         packed_(aligned(scratch)),
-        single_(single_vectors(stack.first)),
-        packed_floats_(packed_floats(x.count, stack.first.columns, single_)),
+        whole_(reads_whole_rows(stack.first, x.count)),
+        packed_floats_(whole_ ? floats_by_words(x.count, stack.first.columns) : packed_floats(x.count, stack.first.columns)),
         chunks_(stack.first.columns, kItemFloats / x.count),
-        several_(x.count > 1 && x.count <= single_ && single_ > kSingleVectors),
-        matrix_(x.count > single_ && is_matrix(stack.first, x.count)),
+        matrix_(!whole_ && is_matrix(stack.first, x.count)),
         tiles_(stack.first.rows, kMatrixRows),
         split_(stack.first, RowSplit::work(stack.first) / kItemEntries + 1),
         turns_((slab_count(x.count) + kSlabsAtOnce - 1) / kSlabsAtOnce) {
@@ -70,18 +69,17 @@ class ProductPlan : public Plan {
   void run(size_t phase, size_t item) const override {
     if (phase == 0) {
       const size_t group = item / chunks_.pieces();
-      pack(x_, group, stack_.first.columns, chunks_.piece(item % chunks_.pieces()), packed(group),
-           single_);
+      (whole_ ? pack_by_words : pack)(x_, group, stack_.first.columns, chunks_.piece(item % chunks_.pieces()), packed(group));
       return;
     }
     const size_t turn = item % turns_;
     const size_t piece = item / turns_ % pieces();
     const size_t group = item / turns_ / pieces();
     const Layer layer = stack_.of_group(group);
-    const Range rows = matrix_ || several_ ? tiles_.piece(piece) : split_.rows(layer, piece);
+    const Range rows = matrix_ || whole_ ? tiles_.piece(piece) : split_.rows(layer, piece);
     float* const y = y_ + group * x_.count * layer.rows;
-    if (several_) return kernels().product_with_vectors(layer, packed(group), x_.count, y, rows);
-    if (x_.count <= single_) {
+    if (whole_) return kernels().product_of_whole_rows(layer, packed(group), x_.count, y, rows);
+    if (x_.count <= kSingleVectors) {
       for (size_t v = 0; v < x_.count; ++v) {
         kernels().product_with_vector(layer, packed(group) + v * vector_stride(layer.columns), y + v * layer.rows, rows);
       }
@@ -94,16 +92,15 @@ class ProductPlan : public Plan {
 
  private:
   float* packed(size_t group) const { return packed_ + group * packed_floats_; }
-  size_t pieces() const { return matrix_ || several_ ? tiles_.pieces() : split_.pieces(); }
+  size_t pieces() const { return matrix_ || whole_ ? tiles_.pieces() : split_.pieces(); }
 
   Stack stack_;
   Vectors x_;
   float* y_;
   float* packed_;
-  size_t single_;
+  bool whole_;
   size_t packed_floats_;
   Chunks chunks_;
-  bool several_;
   bool matrix_;
   Chunks tiles_;
   RowSplit split_;
@@ -261,9 +258,8 @@ Layer Stack::of_group(size_t group) const {
 
 size_t product_scratch(const Stack& stack, size_t vectors) {
   // Enough for either manifold.
-  const size_t columns = stack.first.columns;
-  return stack.groups * larger(packed_floats(vectors, columns, kSingleVectorsOfWholeRows), packed_floats(vectors, columns)) +
-         kAlignment;
+  const size_t columns = stack.first.columns, by_words = vectors <= kVectorsOfWholeRows ? vectors : 0;
+  return stack.groups * larger(by_words * vector_stride(columns), packed_floats(vectors, columns)) + kAlignment;
 }
 
 size_t transposed_scratch(const Stack& stack, size_t vectors) {

@@ -16,59 +16,57 @@ inline std::uint64_t mask_word(const Layer& layer, size_t row, size_t word) {
 
 inline size_t count_bits(std::uint64_t bits) { return static_cast<size_t>(__builtin_popcountll(bits)); }
 
-// Yields a row's values by column, 0 where there is no entry. Bits beyond the row's entries have none.
+// Reads a row's values 64 columns at a time, 0 where there is no entry. Bits beyond the row's entries have none; what
+// follows the last column is anything.
 template <class Isa>
-class RowValues {
+class RowWords {
  public:
-  // Long enough to keep expansion and products apart, which overlap then; short enough for the first-level cache.
-  static constexpr size_t kWords = 16;
-
-  RowValues() = default;
-  RowValues(const Layer& layer, size_t row) : layer_(&layer), row_(row) {
+  RowWords() = default;
+  RowWords(const Layer& layer, size_t row) {
     const Range e = entries_of(layer, row);
     entry_ = e.begin;
     end_ = e.end;
+    if (layer.index == Index::kMask) mask_ = layer.deltas + row * words_of(layer) * 8;
   }
 
-  // The values of the next `words` words, in `buffer` or in the plane itself.
-  const std::int8_t* next(size_t words, std::int8_t* buffer) {
-    if (layer_->index == Index::kDense) {
-      // What follows the last column is padding, whatever it holds.
-      const size_t left = smaller(layer_->columns - word_ * 64, end_ - entry_);
-      const size_t entry = entry_, count = smaller(words * 64, left);
-      word_ += words;
+  // The values of the next 64 columns, in `buffer` or in the plane itself.
+  const std::int8_t* next(const Layer& layer, std::int8_t* buffer) {
+    return layer.index == Index::kDense ? next<true>(layer, buffer) : next<false>(layer, buffer);
+  }
+
+  template <bool kDense>
+  const std::int8_t* next(const Layer& layer, std::int8_t* buffer) {
+    const std::int8_t* values = layer.values + entry_;
+    const size_t left = end_ - entry_;
+    prefetch_ahead(values);
+    if constexpr (kDense) {
+      entry_ += smaller(left, 64);
+      return UPG_UNLIKELY(left < 64) ? copy(values, left, buffer) : values;
+    } else {
+      std::uint64_t bits;
+      __builtin_memcpy(&bits, mask_, sizeof bits);
+      mask_ += sizeof bits;
+      size_t count = count_bits(bits);
+      alignas(64) std::int8_t last[64];
+      if (UPG_UNLIKELY(entry_ + 64 > layer.capacity || count > left)) {
+        count = smaller(count, left);
+        values = copy(values, count, last);
+      }
+      Isa::expand(bits, values, buffer);
       entry_ += count;
-      if (count == words * 64) return layer_->values + entry;
-      copy(entry, entry_, buffer, words * 64);
       return buffer;
     }
-    for (size_t w = 0; w < words; ++w) {
-      const std::uint64_t bits = mask_word(*layer_, row_, word_ + w);
-      const size_t count = count_bits(bits);
-      prefetch_ahead(layer_->values + entry_);
-      if (!UPG_UNLIKELY(entry_ + 64 > layer_->capacity || entry_ + count > end_)) {
-        Isa::expand(bits, layer_->values + entry_, buffer + 64 * w);
-      } else {
-        std::int8_t last[64];
-        copy(entry_, smaller(end_, entry_ + 64), last, 64);
-        Isa::expand(bits, last, buffer + 64 * w);
-      }
-      entry_ = smaller(end_, entry_ + count);
-    }
-    word_ += words;
-    return buffer;
   }
 
  private:
-  // Values [begin, end), then zeros.
-  void copy(size_t begin, size_t end, std::int8_t* out, size_t length) const {
-    if (begin < end) __builtin_memcpy(out, layer_->values + begin, end - begin);
-    __builtin_memset(out + (end - begin), 0, length - (end - begin));
+  // `count` values, then zeros. Out of line, or it would take the loops' registers.
+  __attribute__((noinline)) static const std::int8_t* copy(const std::int8_t* values, size_t count, std::int8_t* out) {
+    if (count) __builtin_memcpy(out, values, count);
+    __builtin_memset(out + count, 0, 64 - count);
+    return out;
   }
 
-  const Layer* layer_ = nullptr;
-  size_t row_ = 0;
-  size_t word_ = 0;
+  const std::uint8_t* mask_ = nullptr;
   size_t entry_ = 0;
   size_t end_ = 0;
 };
@@ -186,17 +184,12 @@ inline void for_row_entries(const Layer& layer, size_t row, Use use) {
   }
 }
 
-// Calls `use(first column, values, columns)` for all columns of a row; `values` are whole words, zeros past the last
-// column.
+// Calls `use(first column, values, columns)` for all columns of a row, a word at a time.
 template <class Isa, class Use>
 inline void for_row_values(const Layer& layer, size_t row, Use use) {
-  RowValues<Isa> values(layer, row);
-  alignas(64) std::int8_t buffer[64 * RowValues<Isa>::kWords];
-  const size_t words = words_of(layer);
-  for (size_t word = 0; word < words; word += RowValues<Isa>::kWords) {
-    const size_t n = smaller(RowValues<Isa>::kWords, words - word);
-    use(word * 64, values.next(n, buffer), smaller(n * 64, layer.columns - word * 64));
-  }
+  RowWords<Isa> values(layer, row);
+  alignas(64) std::int8_t buffer[64];
+  for (size_t c = 0; c < layer.columns; c += 64) use(c, values.next(layer, buffer), smaller(64, layer.columns - c));
 }
 
 }  // namespace

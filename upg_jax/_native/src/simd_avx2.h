@@ -94,7 +94,7 @@ struct Avx2 {
 
   using Run = Avx2;
   static constexpr size_t kRun = 8;
-  static constexpr size_t kRowsTogether = 2;
+  static constexpr size_t kSums = 8;
 
   using Wide = __m256;
   static constexpr size_t kLanes = 8;

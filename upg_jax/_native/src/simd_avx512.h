@@ -33,7 +33,7 @@ struct Avx512 : Avx2 {
 
   using Run = Sixteen;
   static constexpr size_t kRun = 16;
-  static constexpr size_t kRowsTogether = 4;
+  static constexpr size_t kSums = 16;
 
   // The columns of bits, the first of which stands for `first`; writes whole groups of eight.
   static size_t columns_of_bits(std::uint64_t bits, size_t first, std::uint32_t* columns) {

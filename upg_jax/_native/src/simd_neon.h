@@ -85,7 +85,7 @@ struct Neon {
 
   using Run = Neon;
   static constexpr size_t kRun = 8;
-  static constexpr size_t kRowsTogether = 2;
+  static constexpr size_t kSums = 8;
 
   using Wide = float32x4_t;
   static constexpr size_t kLanes = 4;

@@ -98,7 +98,7 @@ struct Portable {
   // Eight or more floats, with the operations of `Eight`: the kernels that read whole rows take so many at a time.
   using Run = Portable;
   static constexpr size_t kRun = 8;
-  static constexpr size_t kRowsTogether = 1;
+  static constexpr size_t kSums = 1;
 
   // GCC's and Clang's vectors: their loops over arrays as long as a register do not all become vector code.
   using Wide = float __attribute__((vector_size(16)));

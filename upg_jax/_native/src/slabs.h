@@ -2,7 +2,8 @@
 //
 // Vectors are padded with zeros to a multiple of 16 and cut into slabs of at most 64, so that one entry of a row meets
 // 16 to 64 vectors in consecutive memory. A few vectors lie one after the other instead: taking them one by one costs
-// less than padding them to 16. The layout depends on shapes only, never on the instruction set: the
+// less than padding them to 16. Where rows are read whole, a few vectors take turns every 64 features, the last ones
+// followed by zeros: their places are then constants of the kernels. The layout depends on shapes only, never on the instruction set: the
 // size of the scratch memory is part of the compiled program.
 #pragma once
 
@@ -14,20 +15,22 @@ constexpr size_t kUnit = 16;
 constexpr size_t kSlab = 64;
 // Up to how many vectors are single where rows are gathered, and where rows are read whole.
 constexpr size_t kSingleVectors = 3;
-constexpr size_t kSingleVectorsOfWholeRows = 8;
+constexpr size_t kVectorsOfWholeRows = 8;
 // A vector is followed by this many floats, which wide loads may touch and nothing depends on.
 constexpr size_t kVectorSlack = 128;
 constexpr size_t kAlignment = 64;
 
 static inline size_t vector_stride(size_t features) { return round_up(features, kUnit) + kVectorSlack; }
 
-static inline size_t single_vectors(const Layer& layer) {
-  return layer.index == Index::kDelta8 || layer.primes ? kSingleVectors : kSingleVectorsOfWholeRows;
+static inline bool reads_whole_rows(const Layer& layer, size_t vectors) {
+  return layer.index != Index::kDelta8 && !layer.primes && vectors <= kVectorsOfWholeRows;
 }
 
-static inline size_t packed_floats(size_t vectors, size_t features, size_t single = kSingleVectors) {
-  return vectors <= single ? vectors * vector_stride(features) : round_up(vectors, kUnit) * features;
+static inline size_t packed_floats(size_t vectors, size_t features) {
+  return vectors <= kSingleVectors ? vectors * vector_stride(features) : round_up(vectors, kUnit) * features;
 }
+
+static inline size_t floats_by_words(size_t vectors, size_t features) { return vectors * round_up(features, 64); }
 
 struct Slab {
   size_t first;   // vector

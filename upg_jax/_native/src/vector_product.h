@@ -45,47 +45,8 @@ inline float gathered_product(const Layer& layer, size_t begin, size_t end, size
   return Isa::sum(Isa::add(sums[0], sums[1])) + rest;
 }
 
-// x from the last whole word of 64 columns on, then zeros.
-class LastWord {
- public:
-  LastWord(const float* x, size_t columns) {
-    for (size_t c = columns / 64 * 64; c < columns; ++c) floats_[c % 64] = x[c];
-  }
-  const float* floats() const { return floats_; }
-
- private:
-  alignas(64) float floats_[64] = {};
-};
-
-// sums += values * x for 64 columns.
-template <class Isa>
-inline void add_word(const std::int8_t* values, const float* x, typename Isa::Run::Eight* sums) {
-  using Run = typename Isa::Run;
-  for (size_t i = 0; i < 64; i += 4 * Isa::kRun) {
-    for (size_t j = 0; j < 4; ++j) {
-      const size_t at = i + j * Isa::kRun;
-      sums[j] = Run::multiply_add(Run::from_int8(values + at), Run::load(x + at), sums[j]);
-    }
-  }
-}
-
-// The unscaled product of a row whose index is a mask, or dense: expand it in cache, and multiply zeros, too.
-template <class Isa>
-inline float expanded_product(const Layer& layer, size_t row, const float* x, const LastWord& last) {
-  using Run = typename Isa::Run;
-  typename Run::Eight sums[4] = {Run::zero(), Run::zero(), Run::zero(), Run::zero()};
-  for_row_values<Isa>(layer, row, [&](size_t first, const std::int8_t* values, size_t columns) {
-    size_t c = 0;
-    for (; c + 64 <= columns; c += 64) {
-      if (layer.index == Index::kDense) prefetch_ahead(values + c);
-      add_word<Isa>(values + c, x + first + c, sums);
-    }
-    if (c < columns) add_word<Isa>(values + c, last.floats(), sums);
-  });
-  return Run::sum(Run::add(Run::add(sums[0], sums[1]), Run::add(sums[2], sums[3])));
-}
-
-// The same on the prime manifold, where the table's look-ups cost most: only what is there is multiplied.
+// The unscaled product of a row of the prime manifold whose index is a mask, or dense: the table's look-ups cost most, so
+// only what is there is multiplied.
 template <class Isa>
 inline float prime_entries_product(const Layer& layer, size_t row, const float* x) {
   typename Isa::Eight sum = Isa::zero();
@@ -104,18 +65,15 @@ inline float prime_entries_product(const Layer& layer, size_t row, const float* 
 }
 
 template <class Isa>
-inline void product_of_expanded(const Layer& layer, const float* x, float* y, Range rows) {
-  const LastWord last(x, layer.columns);
+inline void product_of_prime_entries(const Layer& layer, const float* x, float* y, Range rows) {
   for (size_t row = rows.begin; row < rows.end; ++row) {
-    const float sum =
-        layer.primes ? prime_entries_product<Isa>(layer, row, x) : expanded_product<Isa>(layer, row, x, last);
-    y[row] = sum * layer.scales[row];
+    y[row] = prime_entries_product<Isa>(layer, row, x) * layer.scales[row];
   }
 }
 
 template <class Isa>
 void product_with_vector(const Layer& layer, const float* x, float* y, Range rows) {
-  if (layer.index != Index::kDelta8) return product_of_expanded<Isa>(layer, x, y, rows);
+  if (layer.index != Index::kDelta8) return product_of_prime_entries<Isa>(layer, x, y, rows);
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const float sum = layer.primes ? gathered_product<Isa, true>(layer, e.begin, e.end, 0, x)

@@ -98,7 +98,7 @@ inline float row_product(const Layer& layer, Range e, const float* x) {
 
 template <class Isa>
 void product_with_vector_by_density(const Layer& layer, const float* x, float* y, Range rows) {
-  if (layer.index != Index::kDelta8) return product_of_expanded<Isa>(layer, x, y, rows);
+  if (layer.index != Index::kDelta8) return product_of_prime_entries<Isa>(layer, x, y, rows);
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const float sum = layer.primes ? row_product<true>(layer, e, x) : row_product<false>(layer, e, x);
