@@ -3,8 +3,8 @@
 // Vectors are padded with zeros to a multiple of 16 and cut into slabs of at most 64, so that one entry of a row meets
 // 16 to 64 vectors in consecutive memory. A few vectors lie one after the other instead: taking them one by one costs
 // less than padding them to 16. Where rows are read whole, a few vectors take turns every 64 features, the last ones
-// followed by zeros: their places are then constants of the kernels. The layout depends on shapes only, never on the instruction set: the
-// size of the scratch memory is part of the compiled program.
+// followed by zeros: their places are then constants of the kernels. The layout depends on shapes only, never on the
+// instruction set: the size of the scratch memory is part of the compiled program.
 #pragma once
 
 #include "layer.h"

@@ -85,7 +85,7 @@ inline void product_of_whole_rows_with(const Layer& layer, const float* x, float
       const auto add = [&](auto together) {
         for (; t + together.value <= count; t += together.value) {
           add_words<Isa, kDense, together.value, kVectors>(layer, tile + t, x + word * 64 * kVectors, n, word == 0,
-                                                   word + n == words, read + t, sums[t], y);
+                                                           word + n == words, read + t, sums[t], y);
         }
       };
       // Dense rows for one vector wait for memory, which one stream at a time reads faster.
