@@ -88,6 +88,7 @@ def rng():
 @pytest.fixture(scope="session")
 def gguf_model(tmp_path_factory):
     """The file of a small model with a tokenizer."""
+    pytest.importorskip("gguf", reason='pip install "upg-jax[test]"')
     from small_models import byte_level
 
     return byte_level.write(tmp_path_factory.mktemp("model") / "small.gguf")

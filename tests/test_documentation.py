@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from helpers.serving import serving
-from small_models import byte_level
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -56,7 +55,7 @@ def test_a_tutorial_runs(page, tmp_path):
     run_examples(TUTORIALS / f"{page}.md", tmp_path)
 
 
-def test_the_tutorial_on_serving_runs_against_a_server(tmp_path):
+def test_the_tutorial_on_serving_runs_against_a_server(gguf_model, tmp_path):
     if not TUTORIALS.exists():
         pytest.skip("runs in a checkout, where docs/ lies beside tests/")
     for package in NEEDS["serving"]:
@@ -65,7 +64,7 @@ def test_the_tutorial_on_serving_runs_against_a_server(tmp_path):
     from upg_jax.inference import Engine, UPGModel
     from upg_jax.serve import Limits, create_app
 
-    compress_checkpoint(byte_level.write(tmp_path / "small.gguf"), tmp_path / "half", Settings(density=0.5))
+    compress_checkpoint(gguf_model, tmp_path / "half", Settings(density=0.5))
     engine = Engine(UPGModel.from_file(tmp_path / "half"), slots=2, context=128, chunk=32)
     try:
         with serving(create_app(engine, name="half", limits=Limits())) as (host, port):

@@ -10,16 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import byte_level
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    pytest.importorskip("gguf", reason='pip install "upg-jax[test]"')
-    return byte_level.write(tmp_path_factory.mktemp("model") / "small.gguf")
 
 
 def run(*arguments, standard_input: str | None = None, **environment: str) -> str:
@@ -42,12 +35,12 @@ def cells(path: Path, kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, small_model, tmp_path):
+def test_a_notebook_runs(path, gguf_model, tmp_path):
     for package in ("matplotlib", "optax"):
         pytest.importorskip(package, reason='pip install "upg-jax[notebook]"')
     script = tmp_path / f"{path.stem}.py"
     script.write_text("\n\n".join("".join(cell["source"]) for cell in cells(path, "code")), encoding="utf-8")
-    small = {"MPLBACKEND": "agg", "WIDTH": "256", "UPG_JAX_SMOLLM2_GGUF": str(small_model)}
+    small = {"MPLBACKEND": "agg", "WIDTH": "256", "UPG_JAX_SMOLLM2_GGUF": str(gguf_model)}
     printed = run(script, TMPDIR=str(tmp_path), **small)
     assert "False" not in printed  # what the notebooks claim of their results, they check
 
@@ -65,8 +58,8 @@ def test_a_notebooks_outputs_are_there_small_and_of_no_machine(path):
     assert not re.search(r"/(root|home|tmp|work|Users)/", text)
 
 
-def test_a_conversation(small_model):
-    printed = run(EXAMPLES / "chat.py", small_model, standard_input="hello\n")
+def test_a_conversation(gguf_model):
+    printed = run(EXAMPLES / "chat.py", gguf_model, standard_input="hello\n")
     assert printed.startswith("> ")
     assert printed.endswith("\n> ")  # after the answer, the end of the input
 
