@@ -1,5 +1,5 @@
-// A fuzz target for everything that reads a layer's planes: the decoder, both products and the checks, with every set of
-// kernels that this processor runs. An input becomes planes of exactly their length on the heap, so that
+// A fuzz target for the kernels that read a layer's planes: the decoder, both products and the checks of deltas, on one
+// thread, with every set of kernels that this processor runs. An input becomes planes of exactly their length on the heap, so that
 // AddressSanitizer sees any access outside; row pointers may be as bad as they can be. With valid row pointers all sets
 // must decode to the same bits, products must agree with the decoded matrix, and the checks with a plain reading of the rules.
 #include <algorithm>

@@ -83,7 +83,7 @@ void attend(const Attention& a, float* out, size_t item, Workspace& w) {
   constexpr size_t kPositions = 64;
   static_assert(kPositions * Attention::kMostDim <= Workspace::kEntries, "rows must fit the workspace");
   const size_t b = item / a.heads, head = item % a.heads;
-  const size_t slots = a.slots(b);
+  const size_t slots = slots_of(a, b);
   const size_t rows = ((a.layer * a.batch + b) * a.kv_heads + head / (a.heads / a.kv_heads)) * a.length;
   float query[Attention::kMostDim], sums[Attention::kMostDim] = {}, weights[kPositions];
   const float* const q = floats_of<Isa>(a.queries, a.element, item * a.dim, a.dim, query);

@@ -39,12 +39,12 @@ struct Attention {
   float scale;
   float cap;            // 0 for none
   std::int32_t window;  // positions that a query sees; 0 for all
-
-  // How many slots of a sequence hold a key.
-  size_t slots(size_t sequence) const {
-    return filled[sequence] > 0 ? smaller(static_cast<size_t>(filled[sequence]), length) : 0;
-  }
 };
+
+// How many slots of a sequence hold a key.
+static inline size_t slots_of(const Attention& a, size_t sequence) {
+  return a.filled[sequence] > 0 ? smaller(static_cast<size_t>(a.filled[sequence]), a.length) : 0;
+}
 
 constexpr size_t kSlabsAtOnce = Workspace::kRows;
 // Rows that the products of matrices take at a time.

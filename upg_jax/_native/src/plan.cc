@@ -228,7 +228,7 @@ class AttentionPlan : public Plan {
   AttentionPlan(const Attention& attention, float* out) : attention_(attention), out_(out) {
     items_ = {attention.batch * attention.heads};
     for (size_t b = 0; b < attention.batch; ++b) {
-      cost_ += 0.15 * static_cast<double>(attention.heads * attention.slots(b) * attention.dim);
+      cost_ += 0.15 * static_cast<double>(attention.heads * slots_of(attention, b) * attention.dim);
     }
   }
 

@@ -83,8 +83,9 @@ struct Portable {
   // Puts consecutive values where `bits` says: 64 bytes, 0 where there is no bit. Reads 64 values.
   static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
     for (int i = 0; i < 64; ++i) {
+      // Without a branch, which no processor could predict.
       const std::uint64_t bit = bits >> i & 1;
-      out[i] = bit ? *values : std::int8_t{0};
+      out[i] = static_cast<std::int8_t>(*values * static_cast<int>(bit));
       values += bit;
     }
   }
