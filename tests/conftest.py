@@ -55,8 +55,6 @@ def _nobody_waits_for_the_disk():
 def backend(request):
     """Runs a test on every usable implementation of `sparse_dense`; skips the others with a reason."""
     _skip_what_it_refuses(request)
-    if request.param == "native" and _value_bits(request) != 8:
-        pytest.skip("there are no compiled kernels for values of fewer than 8 bits")
     with use_backend(request.param):
         yield request.param
 
@@ -65,13 +63,8 @@ def backend(request):
 def one_backend(request):
     """Runs a test on the usable implementation that compiles fastest; on the others under `-m slow`."""
     _skip_what_it_refuses(request)
-    falls_back = request.param == "native" and _value_bits(request) != 8
-    with use_backend("auto" if falls_back else request.param):
+    with use_backend(request.param):
         yield request.param
-
-
-def _value_bits(request):
-    return getattr(request.node.callspec.params.get("case"), "value_bits", 8)
 
 
 def _skip_what_it_refuses(request):

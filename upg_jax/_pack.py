@@ -88,7 +88,7 @@ def unpack(layer: MdCSR) -> MdCSR:
 def choose_index(layer: MdCSR) -> tuple[Index, str]:
     """The form in which products with this layer are fastest on this machine, and the reason in words."""
     if layer.value_bits != 8:
-        return layer.index, "pure JAX walks every form at about the same speed, so it stays as it is"
+        return _narrow_index(layer)
     if _metal_lowering.reads(layer.capacity, requested_backend()):
         return "delta8", "the Metal kernels read deltas"
     if jax.default_backend() in ("gpu", "cuda"):
@@ -101,6 +101,16 @@ def choose_index(layer: MdCSR) -> tuple[Index, str]:
     density = (layer.nnz if layer.index != "dense" else layer.true_nnz) / max(layer.num_weights, 1)
     index = next(index for limit, index in _FASTEST[library.kernels] if density < limit)
     return index, f"{index} is fastest at density {density:.2f} with the {library.kernels} kernels"
+
+
+def _narrow_index(layer: MdCSR) -> tuple[Index, str]:
+    on_cpu = jax.default_backend() == "cpu" and requested_backend() in ("auto", "native")
+    if layer.index == "delta8" and on_cpu and _native.load() is not None:
+        return (
+            "mask",
+            f"the compiled kernels for values of {layer.value_bits} bits read a mask, or dense rows",
+        )
+    return layer.index, "it has the kernels that there are, and is smallest, as it is"
 
 
 def _layers(host: MdCSR) -> list[tuple[str, Any]]:

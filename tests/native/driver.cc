@@ -16,6 +16,7 @@
 #include "execution_checks.h"
 #include "half.h"
 #include "matrices.h"
+#include "narrow_checks.h"
 #include "planes.h"
 #include "verification.h"
 
@@ -218,6 +219,9 @@ int main(int argc, char** argv) {
     if (cases.next()) upg::check_halves();
     for (size_t number = 0; number < 12; ++number) {
       if (cases.next()) upg::check_attention(number, upg::expect);
+    }
+    for (size_t number = 0; number < 60; ++number) {
+      if (cases.next()) upg::check_narrow(number, upg::expect);
     }
     for (const bool prime : {false, true}) {
       const std::string name = std::string(kernels->name) + (prime ? " prime " : " unit ");

@@ -25,6 +25,9 @@ SPARSE_DENSE = "upg_jax.sparse_dense.v2"
 DENSE_SPARSE = "upg_jax.dense_sparse.v2"
 DECODE = "upg_jax.decode.v3"
 ATTEND = "upg_jax.attend.v1"
+SPARSE_DENSE_NARROW = "upg_jax.sparse_dense_narrow.v1"
+DECODE_NARROW = "upg_jax.decode_narrow.v1"
+_HANDLERS = {SPARSE_DENSE, DENSE_SPARSE, DECODE, ATTEND, SPARSE_DENSE_NARROW, DECODE_NARROW}
 
 KERNELS_VARIABLE = "UPG_JAX_NATIVE_KERNELS"
 # Older ones register handlers that were built for newer ones without a word; the first use of JAX then fails.
@@ -167,7 +170,7 @@ def _load() -> Library | str:
         return f"the compiled kernels do not load: {error}"
     except AttributeError as error:  # a function that they lack
         return f"the compiled kernels are not of this version; reinstall upg_jax: {error}"
-    missing = {SPARSE_DENSE, DENSE_SPARSE, DECODE, ATTEND} - library.handlers.keys()
+    missing = _HANDLERS - library.handlers.keys()
     if missing:
         return f"the compiled kernels are not of this version; reinstall upg_jax: they lack {min(missing)}"
     built, running = library.ffi_api, running_ffi_api()

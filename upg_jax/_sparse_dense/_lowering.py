@@ -11,7 +11,13 @@ import jax
 from upg_jax import _cuda, _native
 from upg_jax._compat import Primitive, mlir
 from upg_jax._errors import BackendError
-from upg_jax._sparse_dense import _cuda_lowering, _metal_lowering, _native_lowering, _reference
+from upg_jax._sparse_dense import (
+    _cuda_lowering,
+    _metal_lowering,
+    _narrow_lowering,
+    _native_lowering,
+    _reference,
+)
 from upg_jax._sparse_dense._decode import decode_p
 from upg_jax._sparse_dense._primitive import Layout, dense_sparse_p, sparse_dense_p
 
@@ -21,6 +27,7 @@ def _register(
     implementation: Callable[..., jax.Array],
     target: str,
     operation: str,
+    narrow: Callable[..., jax.Array],
     on_nvidia: Callable[..., jax.Array],
     scratch: Callable[..., int] | None = None,
 ) -> None:
@@ -39,10 +46,14 @@ def _register(
         return compiled_once(*args, layout=layout)
 
     anywhere = mlir.lower_fun(default, multiple_results=False)
-    native = _native_lowering.lowering(target, mlir.lower_fun(reference, multiple_results=False), scratch)
+    otherwise = mlir.lower_fun(reference, multiple_results=False)
+    native = _native_lowering.lowering(target, otherwise, scratch)
+    native_narrow = _narrow_lowering.lowering(narrow, otherwise)
 
     def on_cpu(ctx: Any, *args: Any, layout: Layout, backend: str) -> Any:
         rule = native if native and backend != "cuda" else anywhere
+        if rule is native and layout.value_bits != 8:
+            rule = native_narrow
         return rule(ctx, *args, layout=layout, backend=backend)
 
     mlir.register_lowering(primitive, anywhere)
@@ -51,16 +62,24 @@ def _register(
 
 
 _cuda.load()
-for _primitive, _implementation, _target, _on_nvidia, _transposed in (
-    (sparse_dense_p, _reference.sparse_dense, _native.SPARSE_DENSE, _cuda_lowering.sparse_dense, False),
-    (dense_sparse_p, _reference.dense_sparse, _native.DENSE_SPARSE, _cuda_lowering.dense_sparse, True),
+for _primitive, _target, _operation, _transposed in (
+    (sparse_dense_p, _native.SPARSE_DENSE, _metal_lowering.PRODUCTS, False),
+    (dense_sparse_p, _native.DENSE_SPARSE, _metal_lowering.TRANSPOSED, True),
 ):
     _register(
         _primitive,
-        _implementation,
+        getattr(_reference, _primitive.name),
         _target,
-        _metal_lowering.TRANSPOSED if _transposed else _metal_lowering.PRODUCTS,
-        _on_nvidia,
+        _operation,
+        getattr(_narrow_lowering, _primitive.name),
+        getattr(_cuda_lowering, _primitive.name),
         functools.partial(_native_lowering.product_scratch, transposed=_transposed),
     )
-_register(decode_p, _reference.decode, _native.DECODE, _metal_lowering.DECODE, _cuda_lowering.decode)
+_register(
+    decode_p,
+    _reference.decode,
+    _native.DECODE,
+    _metal_lowering.DECODE,
+    _narrow_lowering.decode,
+    _cuda_lowering.decode,
+)

@@ -40,7 +40,7 @@ def lowering(
         return None
 
     def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
-        reason = _unfit(ctx.avals_in, layout)
+        reason = _unfit(ctx.avals_in)
         if reason and backend == "native":
             raise BackendError(f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'")
         if reason or backend == "reference":
@@ -70,9 +70,7 @@ def product_scratch(library: _native.Library, avals: Any, layout: Layout, *, tra
     )
 
 
-def _unfit(avals: Any, layout: Layout) -> str | None:
-    if layout.value_bits != 8:
-        return f"values of {layout.value_bits} bits have no compiled kernel"
+def _unfit(avals: Any) -> str | None:
     if avals[0].dtype not in _ELEMENTS:
         return f"x is {avals[0].dtype}"
     if not all(isinstance(n, int) for aval in avals for n in aval.shape):

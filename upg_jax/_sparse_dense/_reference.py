@@ -32,14 +32,14 @@ def sparse_dense(
     x: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout
 ) -> jax.Array:
     """`x (*group, *batch, in)` -> float32 `(*group, *batch, out)`."""
-    return _by_group(_product, layout.shape[0], x, scales, index, planes, layout)
+    return by_group(_product, layout.shape[0], x, scales, index, planes, layout)
 
 
 def dense_sparse(
     g: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout
 ) -> jax.Array:
     """`g (*group, *batch, out)` -> float32 `(*group, *batch, in)`."""
-    return _by_group(_transposed_product, layout.shape[1], g, scales, index, planes, layout)
+    return by_group(_transposed_product, layout.shape[1], g, scales, index, planes, layout)
 
 
 def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
@@ -60,7 +60,7 @@ def decode_levels(*planes: jax.Array, layout: Layout) -> jax.Array:
     return _walk(planes, layout, jnp.zeros(layout.shape, jnp.float32), step)
 
 
-def _by_group(
+def by_group(
     one: Callable[..., jax.Array],
     features_out: int,
     x: jax.Array,

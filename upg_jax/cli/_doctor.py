@@ -128,7 +128,9 @@ def collect() -> dict[str, dict[str, Any]]:
         "sparse_dense": {
             "lowering": backend,
             "because": reason,
-            "4 or 3 bits": "reference: no kernels for values of fewer than 8 bits in this version",
+            "4 or 3 bits": "native with a mask or dense rows, else reference"
+            if backend == "native"
+            else "reference: no kernels for values of fewer than 8 bits here",
             "UPG_JAX_BACKEND": os.environ.get("UPG_JAX_BACKEND", "not set"),
             **{f"{name} backend": unavailable_reason(name) or "usable" for name in BACKENDS},
         },

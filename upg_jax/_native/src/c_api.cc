@@ -19,6 +19,8 @@ constexpr Handler handlers[] = {
     {"upg_jax.dense_sparse.v2", upg_dense_sparse},
     {"upg_jax.decode.v3", upg_decode},
     {"upg_jax.attend.v1", upg_attend},
+    {"upg_jax.sparse_dense_narrow.v1", upg_sparse_dense_narrow},
+    {"upg_jax.decode_narrow.v1", upg_decode_narrow},
 };
 
 upg::Layer layer_of(const UpgPlanes* p) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "half.h"
+#include "narrow.h"
 #include "rows.h"
 
 namespace upg {
@@ -37,6 +38,7 @@ inline void decode_expanded_row(const Layer& layer, size_t row, float* out) {
 
 template <class Isa>
 void decode(const Layer& layer, float* out, Range rows) {
+  if (layer.value_bits != 8) return decode_narrow<Isa>(layer, out, rows);
   for (size_t row = rows.begin; row < rows.end; ++row) {
     float* const dense = out + (row - rows.begin) * layer.columns;
     if (layer.index != Index::kDelta8 && !layer.primes) {

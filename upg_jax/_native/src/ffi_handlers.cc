@@ -46,19 +46,40 @@ bool has_shape(const ffi::AnyBuffer& buffer, ffi::DataType type, std::initialize
   return true;
 }
 
+// How a layer is encoded; attributes of a call.
+struct Encoding {
+  std::int32_t index;
+  std::int32_t value_bits = 8;
+  std::int32_t group_size = 0;
+};
+
 // Reads the planes of a stack; returns what is wrong with them, or nothing.
 std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_pointers, const ffi::AnyBuffer& values,
-                       const ffi::AnyBuffer& deltas, ffi::RemainingArgs rest, size_t columns, std::int32_t index, Stack& stack) {
+                       const ffi::AnyBuffer& deltas, ffi::RemainingArgs rest, size_t columns, Encoding encoding, Stack& stack) {
+  const auto [index, bits, group_size] = encoding;
+  const bool narrow = bits != 8;
+  if (narrow && ((bits != 4 && bits != 3) || group_size <= 0 || group_size % 32 != 0 || 1024 % group_size != 0 || index == 0)) {
+    return "values of 4 or 3 bits need groups of 32, 64 or 128 and a mask or dense rows";
+  }
   if (scales.dimensions().size() != 2 || values.dimensions().size() != 2) return "planes must have a stack axis";
   const size_t layers = static_cast<size_t>(scales.dimensions()[0]);
   const size_t rows = static_cast<size_t>(scales.dimensions()[1]);
-  const size_t capacity = static_cast<size_t>(values.dimensions()[1]);
+  const size_t bytes = static_cast<size_t>(values.dimensions()[1]);
+  const size_t capacity = bytes * 8 / static_cast<size_t>(bits);
   if (!has_shape(scales, ffi::F32, {layers, rows})) return "scales must be float32 (layers, rows)";
   if (!has_shape(row_pointers, ffi::U32, {layers, rows + 1})) return "row_pointers must be uint32 (layers, rows + 1)";
-  if (!has_shape(values, ffi::S8, {layers, capacity})) return "values must be int8 (layers, capacity)";
+  if (!has_shape(values, ffi::S8, {layers, bytes})) return "values must be int8 (layers, capacity)";
   const std::uint16_t* primes = nullptr;
   if (rest.size() > 1) return "too many operands";
-  if (rest.size() == 1) {
+  if (narrow) {
+    const size_t groups = (columns + static_cast<size_t>(group_size) - 1) / static_cast<size_t>(group_size);
+    if (rest.size() != 1) return "multipliers are missing";
+    const auto plane = rest.get<ffi::AnyBuffer>(0);
+    if (!plane.has_value() || !has_shape(*plane, ffi::U8, {layers, rows * groups})) {
+      return "group_scales must be uint8 (layers, rows * groups)";
+    }
+    stack.first.multipliers = plane->typed_data<std::uint8_t>();
+  } else if (rest.size() == 1) {
     const auto plane = rest.get<ffi::AnyBuffer>(0);
     if (!plane.has_value() || !has_shape(*plane, ffi::U16, {layers, capacity})) {
       return "prime_indices must be uint16 (layers, capacity)";
@@ -67,6 +88,7 @@ std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_p
   }
   if (columns >= size_t{1} << 31 || capacity >= size_t{1} << 31) return "shapes must stay below 2**31";
   if (index < 0 || index > 2) return "the index must be delta8, mask or dense";
+  const std::uint8_t* const multipliers = stack.first.multipliers;
   stack.first = {values.typed_data<std::int8_t>(),
                  deltas.typed_data<std::uint8_t>(),
                  primes,
@@ -75,7 +97,10 @@ std::string read_stack(const ffi::AnyBuffer& scales, const ffi::AnyBuffer& row_p
                  rows,
                  columns,
                  capacity,
-                 static_cast<Index>(index)};
+                 static_cast<Index>(index),
+                 static_cast<size_t>(bits),
+                 static_cast<size_t>(group_size),
+                 multipliers};
   if (!has_shape(deltas, ffi::U8, {layers, index_bytes(stack.first)})) {
     return "delta_indices must be uint8 (layers, as the index says)";
   }
@@ -103,7 +128,7 @@ using MakePlan = std::unique_ptr<Plan> (*)(const Stack&, const Vectors&, float* 
 using ScratchFloats = size_t (*)(const Stack&, size_t vectors);
 
 // Both products: x (*group, *batch, features), index (*group), y (*group, *batch, features of the other side).
-ffi::Error multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encoding, ffi::AnyBuffer x, ffi::AnyBuffer scales,
+ffi::Error multiply(ffi::ThreadPool& pool, bool transposed, Encoding encoding, ffi::AnyBuffer x, ffi::AnyBuffer scales,
                      ffi::AnyBuffer index, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                      ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch) {
   const auto x_dims = x.dimensions();
@@ -120,6 +145,9 @@ ffi::Error multiply(ffi::ThreadPool& pool, bool transposed, std::int32_t encodin
   if (stack.first.rows != (transposed ? x_features : y_features)) return failed("features must be those of the layer");
   Vectors vectors{x.untyped_data(), Element::kFloat32, product_of(x_dims, group_rank, rank - 1)};
   if (!element_of(x.element_type(), vectors.element)) return failed("x must be float32, bfloat16 or float16");
+  if (encoding.value_bits != 8 && (transposed || vectors.count > kVectorsOfWholeRows)) {
+    return failed("values of fewer than 8 bits multiply at most eight vectors");
+  }
   stack.groups = product_of(index.dimensions(), 0, group_rank);
   if (index.element_type() != ffi::S32 || product_of(x_dims, 0, group_rank) != stack.groups) {
     return failed("index must be int32 of x's leading shape");
@@ -144,19 +172,27 @@ ffi::Error sparse_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer s
                          ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                          ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch,
                          std::int32_t encoding) {
-  return multiply(pool, false, encoding, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
+  return multiply(pool, false, {encoding}, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
 }
 
 ffi::Error dense_sparse(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer scales, ffi::AnyBuffer index,
                          ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
                          ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> scratch,
                          std::int32_t encoding) {
-  return multiply(pool, true, encoding, g, scales, index, row_pointers, values, deltas, rest, y, scratch);
+  return multiply(pool, true, {encoding}, g, scales, index, row_pointers, values, deltas, rest, y, scratch);
 }
 
-ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
-                   ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                   std::int32_t encoding) {
+ffi::Error sparse_dense_narrow(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scales, ffi::AnyBuffer index,
+                               ffi::AnyBuffer row_pointers, ffi::AnyBuffer values, ffi::AnyBuffer deltas,
+                               ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
+                               ffi::Result<ffi::AnyBuffer> scratch, std::int32_t encoding, std::int32_t bits,
+                               std::int32_t group_size) {
+  return multiply(pool, false, {encoding, bits, group_size}, x, scales, index, row_pointers, values, deltas, rest, y, scratch);
+}
+
+ffi::Error decode_any(ffi::ThreadPool& pool, Encoding encoding, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers,
+                      ffi::AnyBuffer values, ffi::AnyBuffer deltas, ffi::RemainingArgs rest,
+                      ffi::Result<ffi::AnyBuffer> out) {
   const auto dims = out->dimensions();
   if (dims.size() != 3) return failed("the dense result must be (layers, rows, columns)");
   Stack stack{};
@@ -169,6 +205,17 @@ ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer ro
   }
   if (out->element_count() == 0) return ffi::Error::Success();
   return execute(decode_plan(stack, out->untyped_data(), rounded ? Element::kBFloat16 : Element::kFloat32), pool);
+}
+
+ffi::Error decode(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
+                  ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, std::int32_t encoding) {
+  return decode_any(pool, {encoding}, scales, row_pointers, values, deltas, rest, out);
+}
+
+ffi::Error decode_narrow(ffi::ThreadPool pool, ffi::AnyBuffer scales, ffi::AnyBuffer row_pointers, ffi::AnyBuffer values,
+                         ffi::AnyBuffer deltas, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
+                         std::int32_t encoding, std::int32_t bits, std::int32_t group_size) {
+  return decode_any(pool, {encoding, bits, group_size}, scales, row_pointers, values, deltas, rest, out);
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
@@ -244,6 +291,35 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode, upg::decode,
                                   .RemainingArgs()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<std::int32_t>("index"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_sparse_dense_narrow, upg::sparse_dense_narrow,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::int32_t>("index")
+                                  .Attr<std::int32_t>("bits")
+                                  .Attr<std::int32_t>("group_size"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode_narrow, upg::decode_narrow,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::int32_t>("index")
+                                  .Attr<std::int32_t>("bits")
+                                  .Attr<std::int32_t>("group_size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_attend, upg::attend,
                               xla::ffi::Ffi::Bind()

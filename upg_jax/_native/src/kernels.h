@@ -63,6 +63,8 @@ struct Kernels {
   void (*product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
   // The same for rows that are nearly full; their index is a mask, or dense, and their manifold is unit.
   void (*matrix_product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
+  // As product_of_whole_rows, with values of fewer than 8 bits.
+  void (*product_of_narrow)(const Layer&, const float* x, size_t vectors, float* y, Range rows);
   // y += g[rows] @ W[rows] for one vector.
   void (*add_transposed_with_vector)(const Layer&, const float* g, float* y, Range rows);
   // The same for a slab of packed `g` into a packed slab of `y`, both `width` wide.

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "matrix_product.h"
+#include "narrow.h"
 #include "product.h"
 #include "transposed.h"
 #include "vector_product.h"
@@ -20,6 +21,7 @@ constexpr Kernels kernels_of() {
       product_of_whole_rows<Isa>,
       product<Isa>,
       matrix_product<Isa>,
+      product_of_narrow<Isa>,
       add_transposed_with_vector<Isa>,
       add_transposed<Isa>,
       add_transposed_matrix<Isa>,

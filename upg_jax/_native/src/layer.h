@@ -23,8 +23,13 @@ struct Layer {
   const std::uint32_t* row_pointers;
   size_t rows;
   size_t columns;
-  size_t capacity;  // length of the planes
+  size_t capacity;  // entries of the planes
   Index index = Index::kDelta8;
+  // With fewer than 8 bits `values` is a stream of capacity * value_bits / 8 bytes, and every `group_size` columns of a row
+  // share a multiplier; the index is then a mask, or dense.
+  size_t value_bits = 8;
+  size_t group_size = 0;
+  const std::uint8_t* multipliers = nullptr;
 };
 
 enum class Element { kFloat32, kBFloat16, kFloat16 };
@@ -40,6 +45,13 @@ static inline size_t round_up(size_t n, size_t multiple) { return (n + multiple 
 
 // Words of 64 columns, of which a row's mask has one bit each.
 static inline size_t words_of(const Layer& layer) { return (layer.columns + 63) / 64; }
+
+static inline size_t value_bytes(const Layer& layer) { return layer.capacity * layer.value_bits / 8; }
+
+// Multipliers of a row.
+static inline size_t groups_of(const Layer& layer) {
+  return layer.group_size ? (layer.columns + layer.group_size - 1) / layer.group_size : 0;
+}
 
 // Length of one layer's `deltas`.
 static inline size_t index_bytes(const Layer& layer) {

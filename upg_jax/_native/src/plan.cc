@@ -78,7 +78,10 @@ class ProductPlan : public Plan {
     const Layer layer = stack_.of_group(group);
     const Range rows = matrix_ || whole_ ? tiles_.piece(piece) : split_.rows(layer, piece);
     float* const y = y_ + group * x_.count * layer.rows;
-    if (whole_) return kernels().product_of_whole_rows(layer, packed(group), x_.count, y, rows);
+    if (whole_) {
+      const auto multiply = layer.value_bits == 8 ? kernels().product_of_whole_rows : kernels().product_of_narrow;
+      return multiply(layer, packed(group), x_.count, y, rows);
+    }
     if (x_.count <= kSingleVectors) {
       for (size_t v = 0; v < x_.count; ++v) {
         kernels().product_with_vector(layer, packed(group) + v * vector_stride(layer.columns), y + v * layer.rows, rows);
@@ -243,7 +246,8 @@ class AttentionPlan : public Plan {
 
 Layer Stack::layer(size_t i) const {
   Layer layer = first;
-  layer.values += i * layer.capacity;
+  layer.values += i * value_bytes(layer);
+  if (layer.multipliers) layer.multipliers += i * layer.rows * groups_of(layer);
   layer.deltas += i * index_bytes(layer);
   if (layer.primes) layer.primes += i * layer.capacity;
   layer.scales += i * layer.rows;
