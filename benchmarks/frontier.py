@@ -42,7 +42,18 @@ SETTINGS: dict[str, Settings] = {
         f"sparsegpt-{density}-{bits}-bit": Settings(
             density=density, method="sparsegpt", value_bits=bits, pack=True, embedding="float"
         )
-        for density, bits in [(0.5, 4), (0.42, 4), (0.5, 8), (0.7, 4), (0.7, 8), (0.3, 4), (0.3, 8), (0.5, 3)]
+        # At density 1.0 this is GPTQ.
+        for density, bits in [
+            (1.0, 4),
+            (1.0, 3),
+            (0.5, 4),
+            (0.42, 4),
+            (0.67, 3),
+            (0.55, 3),
+            (0.5, 8),
+            (0.7, 4),
+        ]
+        + [(0.7, 8), (0.4, 8), (0.3, 8), (0.3, 4)]
     },
 }
 PEERS = [(4, 32), (4, 64), (3, 32), (3, 64)]
