@@ -43,17 +43,12 @@ SETTINGS: dict[str, Settings] = {
             density=density, method="sparsegpt", value_bits=bits, pack=True, embedding="float"
         )
         # At density 1.0 this is GPTQ.
-        for density, bits in [
-            (1.0, 4),
-            (1.0, 3),
-            (0.5, 4),
-            (0.42, 4),
-            (0.67, 3),
-            (0.55, 3),
-            (0.5, 8),
-            (0.7, 4),
-        ]
-        + [(0.7, 8), (0.4, 8), (0.3, 8), (0.3, 4)]
+        for bits, densities in {
+            4: (1.0, 0.7, 0.5, 0.42, 0.3),
+            3: (1.0, 0.67, 0.55),
+            8: (0.7, 0.5, 0.4, 0.3),
+        }.items()
+        for density in densities
     },
 }
 PEERS = [(4, 32), (4, 64), (3, 32), (3, 64)]
