@@ -24,11 +24,13 @@ def test_answers_follow_from_the_conversation_and_commands_change_it(upg_jax, gg
         "/again",
         "/set nonsense 1",
         "/set top_p 7",
+        "/set stop 5",
+        "/sav",
         "/system Be brief.",
         "x",
-        f"/save {tmp_path / 'last.json'}",
         "/help",
         "y" * 200,
+        f"/save {tmp_path / 'last.json'}",
         "/quit",
         "never",
     ]
@@ -51,8 +53,10 @@ def test_answers_follow_from_the_conversation_and_commands_change_it(upg_jax, gg
     assert json.loads((tmp_path / "last.json").read_text()) == [*system, answer(system, 3)]
     assert "NAME must be one of" in result.stderr
     assert "top_p must be in (0, 1]; got 7" in result.stderr
+    assert "stop must be texts of at least one character; got 5" in result.stderr
+    assert "there is no /sav\n" in result.stderr
     assert "Ctrl-C stops an answer" in result.stderr
-    assert "fills the context" in result.stderr
+    assert "with this message, which was not taken in, the conversation fills the context" in result.stderr
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(gguf_model, tmp_path):

@@ -45,6 +45,17 @@ def test_a_pipe_without_a_width_gets_whole_names(upg_jax_alone, weird):
     assert "…" not in result.stdout
 
 
+def test_an_answer_keeps_its_tabs_and_reaches_a_terminal_without_commands(capsys, monkeypatch):
+    from upg_jax.cli import _output
+
+    answer = "all:\n\tcc 🧑\u200d🚀 :smile: [b]\r\x1b[31m\x9b2J"
+    _output.say(answer)
+    assert capsys.readouterr().out == answer
+    monkeypatch.setattr(_output.stdout, "_force_terminal", True)
+    _output.say(answer)
+    assert capsys.readouterr().out == answer.replace("\r\x1b", r"\x0d\x1b").replace("\x9b", r"\x9b")
+
+
 def test_infinity_in_a_file_does_not_make_invalid_json(capsys):
     from upg_jax.cli._output import print_json
 

@@ -131,6 +131,27 @@ def test_draws_follow_the_distribution(temperature, top_k):
     assert np.all(counts[probability == 0] == 0)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 1000])
+def test_draws_invert_the_cumulative_distribution_and_equals_go_to_the_first(vocabulary):
+    draws = 200
+    logits = np.random.default_rng(vocabulary).integers(-3, 4, (draws, vocabulary)).astype(np.float32)
+    assert draw(logits, Sampling.create(draws), positions(draws)).tolist() == logits.argmax(axis=1).tolist()
+
+    sampling = Sampling.create(draws, temperature=0.7, top_k=vocabulary // 2 or None, seed=1)
+    scores = np.asarray(keep(jnp.asarray(logits), sampling), np.float64)
+    ends = np.cumsum(np.exp(scores), axis=1) / np.exp(scores).sum(axis=1, keepdims=True)
+    keys = jax.random.wrap_key_data(jnp.asarray(sampling.key))
+    uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))
+    u = np.asarray(uniform(keys, positions(draws)))
+    drawn = np.asarray(draw(logits, sampling, positions(draws)))
+    rows = np.arange(draws)
+    assert np.isfinite(scores[rows, drawn]).all()
+    # Sums of positive terms, each with a relative rounding of 2**-24, in the function's order and in this one.
+    rounding = 2 * vocabulary * 2.0**-24
+    assert np.all(u < ends[rows, drawn] + rounding)
+    assert np.all(u >= np.where(drawn > 0, ends[rows, drawn - 1], 0.0) - rounding)
+
+
 def test_a_row_that_keeps_all_does_so_beside_one_that_does_not():
     # Rounded, the sum of the many reaches 1 before the unlikely ones are counted.
     logits = jnp.concatenate([jnp.zeros(40_000), jnp.full(500, -12.0)])
@@ -203,6 +224,8 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
         ({"logit_bias": {"1": 1.0}}, "logit_bias must be finite numbers by token id"),
         ({"logprobs": 21}, r"logprobs must be in \[0, 20\]; got 21"),
         ({"stop": ["a", ""]}, "stop must be texts of at least one character"),
+        ({"stop": 5}, "stop must be texts of at least one character; got 5"),
+        ({"stop": None}, "stop must be texts of at least one character; got None"),
         ({"temperature": True}, "temperature must be finite and at least 0; got True"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]; got 1.1"),

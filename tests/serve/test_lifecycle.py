@@ -191,6 +191,20 @@ def test_the_command_serves_and_finishes_its_streams_when_told_to_end(tmp_path):
             process.kill()
 
 
+def test_a_port_that_is_taken_is_refused_before_a_model_loads_and_nobody_connects_before_it_has():
+    from upg_jax import UPGError
+    from upg_jax.serve import bind
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            UPGError, match=f"cannot listen on 127.0.0.1, port {port}: .*; choose another --port"
+        ):
+            bind("127.0.0.1", port)
+    with bind("127.0.0.1", port), pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
 def test_threads_end_with_their_servers():
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("upg-jax engine") == 1

@@ -111,12 +111,20 @@ class Conversation:
                     if not self._command(*line[1:].split(maxsplit=1)):
                         return
                 elif line.strip():
-                    self.messages.append({"role": "user", "content": line})
-                    self._answer()
+                    self._say(line)
             except KeyboardInterrupt:
                 stderr.print("stopped", style="dim")
             except (UPGError, ValueError, OSError) as e:
                 stderr.print(f"{e}", style="red")
+
+    def _say(self, line: str) -> None:
+        """Says something; what cannot be answered was not said, since templates want answers between messages."""
+        self.messages.append({"role": "user", "content": line})
+        try:
+            self._answer()
+        finally:
+            if self.messages[-1]["role"] == "user":
+                self.messages.pop()
 
     def _command(self, name: str = "help", argument: str = "") -> bool:
         """Does what a line with a slash says; returns whether to go on."""
@@ -141,6 +149,8 @@ class Conversation:
         elif name == "save":
             _save(argument, [*self._system, *self.messages])
         else:
+            if name != "help":
+                stderr.print(f"there is no /{name}", style="red")
             stderr.print(_HELP, style="dim")
         return True
 
@@ -163,7 +173,7 @@ class Conversation:
 
     def _answer(self) -> None:
         """Answers the last message; Ctrl-C ends the answer, which stays as far as it came."""
-        from upg_jax.cli._output import stderr, stdout
+        from upg_jax.cli._output import say, stderr, stdout
         from upg_jax.inference import GenerationSettings, Request
 
         tokenizer = self._engine.model.tokenizer
@@ -173,7 +183,8 @@ class Conversation:
         room = self._engine.context - len(ids)
         if room < 1:
             raise ValueError(
-                f"the conversation fills the context of {self._engine.context} tokens; /undo, /new, or --context"
+                f"with this message, which was not taken in, the conversation fills the context of "
+                f"{self._engine.context} tokens; say less, /undo, /new, or begin with a larger --context"
             )
         settings = {**self._settings, "max_new_tokens": min(self._settings["max_new_tokens"], room)}
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -189,7 +200,7 @@ class Conversation:
                 if event.id is not None:
                     times.append(time.perf_counter())
                 pieces.append(event.text)
-                stdout.print(event.text, end="", soft_wrap=True)
+                say(event.text)
         except KeyboardInterrupt:
             reason = "stopped"
         finally:

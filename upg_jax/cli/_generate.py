@@ -45,7 +45,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and timing as JSON.")] = False,
 ) -> None:
     """Continues a prompt; the answer goes to stdout as it comes."""
-    from upg_jax.cli._output import human_bytes, print_json, status, stderr, stdout
+    from upg_jax.cli._output import human_bytes, print_json, say, status, stderr, stdout
     from upg_jax.inference import UPGModel
 
     if system is not None and not chat:
@@ -78,7 +78,7 @@ def generate(
             tokens.append(token.id)
         pieces.append(token.text)
         if not json:
-            stdout.print(token.text, end="", soft_wrap=True)
+            say(token.text)
     end = time.perf_counter()
     rate = (len(tokens) - 1) / (end - first) if first and len(tokens) > 1 else 0.0
     if json:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 # Results go to stdout and everything said on the way to stderr, so that output can be piped. Neither interprets
@@ -32,6 +34,14 @@ stderr = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_w
 def printable(text: str) -> str:
     """Escapes what a terminal would act on; a bad file chooses its tensors' names."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """Prints a piece of an answer as it is; a terminal gets control characters, which it would act on, escaped."""
+    if stdout.is_terminal:
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+    # Text would have its tabs made spaces.
+    stdout.print(Segments([Segment(text)]), end="", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Answers that are computed at the same time.")] = 8,
     context: Annotated[int, typer.Option(min=8, help="Tokens of a prompt and its answer, at most.")] = 2048,
     chunk: Annotated[
-        int, typer.Option(min=16, help="Prompt tokens between two steps of the others; a power of two.")
+        int,
+        typer.Option(min=16, help="Prompt tokens between two steps of the others: 16, 32, 48, 64, 96, ..."),
     ] = 128,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait for a slot.")] = 64,
     max_choices: Annotated[int, typer.Option(min=1, help="Answers that one request may ask for.")] = 32,
@@ -46,6 +47,9 @@ def serve(
 ) -> None:
     """Serves a model to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     from upg_jax._errors import MissingDependencyError
+
+    if api_key == "":
+        raise typer.BadParameter("must not be empty", param_hint="--api-key")
     from upg_jax.cli._output import status, stderr
 
     try:
@@ -56,11 +60,12 @@ def serve(
             f'serve: needs the package {e.name}; pip install "upg-jax[serve]"'
         ) from e
     from upg_jax.inference import Engine, UPGModel
-    from upg_jax.serve import Limits, create_app, run
+    from upg_jax.serve import Limits, bind, create_app, run
 
     limits = Limits(
         body_bytes=max_body, choices=max_choices, seconds=timeout, shutdown_seconds=shutdown_timeout
     )
+    listener = bind(host, port)
     with status(f"opening {path}") as say:
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
         say("compiling")
@@ -71,4 +76,4 @@ def serve(
     stderr.print(f"serving {called} on http://{host}:{port}/v1, {slots} slots of {engine.context} tokens")
     if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
         stderr.print("anybody who reaches this address can use it: --api-key asks for a key", style="yellow")
-    run(app, engine, host=host, port=port, limits=limits)
+    run(app, engine, listener, limits)

@@ -80,7 +80,7 @@ class Engine:
             model: the model.
             slots: requests that are answered at the same time.
             context: tokens that a request may have, prompt and answer together; at most the model's positions.
-            chunk: prompt tokens that are computed between two steps; a power of two of at least 16.
+            chunk: prompt tokens that are computed between two steps: 16, 32, 48, 64, 96, 128, 192, and so on.
             max_waiting: requests that may wait for a row.
         """
         self.model = model
@@ -88,7 +88,10 @@ class Engine:
         self.max_waiting = max_waiting
         self._chunk = chunk
         if chunk != chunk_length(chunk):
-            raise ValueError(f"engine: chunk must be a power of two of at least 16; got {chunk}")
+            raise ValueError(
+                f"engine: chunk must be 16, 32, 48, 64, 96, 128, 192, and so on; got {chunk}; the next is "
+                f"{chunk_length(chunk)}"
+            )
         vocabulary = model.config.vocab_size
         stops = stop_ids(model, GenerationSettings()).size
         self._slots = Slots.create(model.init_cache(slots, self.context), vocabulary, stops)
@@ -180,7 +183,7 @@ class Engine:
         """Compiles everything that requests may need."""
         lengths = [1, chunk_length(1)]  # one more, so that a row is freed while this waits
         while lengths[-1] < self._chunk:
-            lengths.append(2 * lengths[-1])
+            lengths.append(chunk_length(lengths[-1] + 1))
         for length in lengths:
             self._answer(length)
         for asked in PROGRAMS:

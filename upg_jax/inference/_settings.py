@@ -59,7 +59,7 @@ class GenerationSettings:
     stop_at_eos: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
         biases = dict(self.logit_bias or {})
         rules = [
             ("max_new_tokens", _is_int(self.max_new_tokens, 0), "an integer of at least 0"),

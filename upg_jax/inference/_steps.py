@@ -24,8 +24,10 @@ PROGRAMS = tuple(map(frozenset, ((), ("draws",), ("draws", "top_p"))))
 
 
 def chunk_length(tokens: int) -> int:
-    """The padded length that up to `CHUNK` prompt tokens are computed at: a power of two."""
-    return max(_SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
+    """The padded length that up to `CHUNK` prompt tokens are computed at: 16, 32, 48, 64, 96, 128, 192, and so on."""
+    power = max(_SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
+    three_quarters = power * 3 // 4
+    return three_quarters if tokens <= three_quarters and three_quarters % _SMALLEST_CHUNK == 0 else power
 
 
 def cache_capacity(tokens: int) -> int:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from upg_jax.serve._app import create_app
 from upg_jax.serve._limits import Limits
-from upg_jax.serve._run import run
+from upg_jax.serve._run import bind, run
 
-__all__ = ["Limits", "create_app", "run"]
+__all__ = ["Limits", "bind", "create_app", "run"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from upg_jax._errors import UPGError
 from upg_jax.inference import Engine
 from upg_jax.serve._limits import Limits
 
@@ -27,20 +29,39 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run(app: ASGIApp, engine: Engine, *, host: str, port: int, limits: Limits) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address, where nobody can connect before `run`; one that is in use shows before a model is loaded.
+
+    Args:
+        host: name or address.
+        port: 0 takes a free one.
+
+    Raises:
+        UPGError: if it cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as e:
+        listener.close()
+        raise UPGError(
+            f"serve: cannot listen on {host}, port {port}: {e.strerror}; choose another --port or --host"
+        ) from e
+    return listener
+
+
+def run(app: ASGIApp, engine: Engine, listener: socket.socket, limits: Limits) -> None:
     """Serves an application until a signal (SIGTERM, Ctrl-C), then finishes or ends its streams, and closes the engine.
 
     Args:
         app: made by `create_app`.
         engine: the application's.
-        host: to bind to.
-        port: to bind to.
+        listener: from `bind`; closed at the end.
         limits: the application's.
     """
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         lifespan="off",
         ws="none",
@@ -51,6 +72,6 @@ def run(app: ASGIApp, engine: Engine, *, host: str, port: int, limits: Limits) -
     try:
         # Uvicorn raises the signal that ended it once more.
         with contextlib.suppress(KeyboardInterrupt):
-            _Server(config, engine, limits).run()
+            _Server(config, engine, limits).run([listener])
     finally:
         engine.close()
