@@ -171,7 +171,6 @@ def eight_bits_with_multipliers(file):
         (plane("values", lambda a: a[:-1]), r"delta_indices must be U8 \(4,\); got U8 \(6,\)"),
         (facts(true_nnz=7), "true_nnz must be at most the planes' length 6; got 7"),
     ],
-    ids=str,
 )
 def test_what_a_header_shows_is_refused_on_opening(tmp_path, edit, said):
     file = crafted()
@@ -210,7 +209,6 @@ def test_a_plane_that_ends_within_a_value_is_refused(tmp_path):
         (plane("values", set_at(0, 0xE0 - 256)), "row 0: an entry of value 0 must have delta 255", "verify"),
         (facts(true_nnz=4), "true_nnz must be 5; the metadata says 4", "verify"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_with_a_layer_is_refused_by_row(tmp_path, edit, said, when):
     file = crafted()
