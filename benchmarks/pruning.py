@@ -84,10 +84,32 @@ def handbook(package: Path) -> str:
     return "\n\n".join(found)
 
 
+def split(articles: list[str]) -> tuple[list[str], list[str]]:
+    """Articles to calibrate and train on, and each fourth, to measure with."""
+    return [a for i, a in enumerate(articles) if i % 4], articles[::4]
+
+
 def spaced_windows(ids: list[int]) -> np.ndarray:
     """Evenly spaced windows, one after another; each is one window of `perplexity`."""
     starts = np.linspace(0, len(ids) - WINDOW, WINDOWS).astype(int)
     return np.concatenate([np.asarray(ids[start : start + WINDOW], np.int32) for start in starts])
+
+
+def perplexities(model: UPGModel, texts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of each text, and their geometric mean."""
+    nll = {name: perplexity(model, ids, window=WINDOW).nll for name, ids in texts.items()}
+    mean = sum(nll.values()) / len(nll)
+    return {name: math.exp(value) for name, value in {**nll, "geometric mean": mean}.items()}
+
+
+def machine() -> dict[str, str]:
+    """What every row says of software and processor."""
+    return {
+        "upg_jax": __version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cpu": platform.processor() or platform.machine(),
+    }
 
 
 def main() -> None:
@@ -105,27 +127,15 @@ def main() -> None:
 
     dense = UPGModel.from_file(options.model)
     encode = dense.tokenizer.encode
-    articles = wikipedia(options.wheel)
-    calibration = Calibration.from_texts(
-        [a for i, a in enumerate(articles) if i % 4], encode, source="gensim's Wikipedia articles"
-    )
+    calibrated_on, held_out = split(wikipedia(options.wheel))
+    calibration = Calibration.from_texts(calibrated_on, encode, source="gensim's Wikipedia articles")
     texts = {
-        "wikipedia": spaced_windows(encode("\n\n".join(articles[::4]))),
+        "wikipedia": spaced_windows(encode("\n\n".join(held_out))),
         "handbook": spaced_windows(encode(handbook(options.package))),
     }
 
     def record(model: UPGModel, **facts: object) -> None:
-        nll = {name: perplexity(model, ids, window=WINDOW).nll for name, ids in texts.items()}
-        row = {
-            **facts,
-            **{name: math.exp(value) for name, value in nll.items()},
-            "geometric mean": math.exp(sum(nll.values()) / len(nll)),
-            "note": options.note,
-            "upg_jax": __version__,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "cpu": platform.processor() or platform.machine(),
-        }
+        row = {**facts, **perplexities(model, texts), "note": options.note, **machine()}
         with options.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)

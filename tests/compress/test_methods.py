@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -164,6 +165,19 @@ def test_selection_is_a_stable_sort(rng, count):
     expected = np.zeros(scores.shape, bool)
     np.put_along_axis(expected, np.argsort(-scores, axis=1, kind="stable")[:, :count], True, axis=1)
     np.testing.assert_array_equal(keep_largest(scores, np.int32(count)), expected)
+
+
+@pytest.mark.parametrize("features", [1, 3, 33])
+def test_gram_in_bfloat16_is_that_of_rounded_inputs(rng, features):
+    batches = [rng.normal(size=(2, 5, features)).astype(np.float32) for _ in range(3)]
+    x = np.concatenate(batches).reshape(-1, features)
+    rounded = x.astype(jnp.bfloat16).astype(np.float64)
+    found = np.asarray(gram(batches, "bfloat16"))
+    assert found.dtype == np.float32
+    assert (
+        np.abs(found - rounded.T @ rounded) <= 30 * 2.0**-24 * (np.abs(rounded).T @ np.abs(rounded))
+    ).all()
+    assert (np.abs(found - gram(batches)) > 0).any()
 
 
 @pytest.mark.parametrize("features", [1, 3, 33])

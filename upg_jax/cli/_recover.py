@@ -26,7 +26,7 @@ def recover(
     out: Annotated[Path, typer.Option(help="The directory to make.")],
     minutes: Annotated[float | None, typer.Option(help="Train for this long.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many tokens.", show_default=False)] = None,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
     distillation: Annotated[float, typer.Option(help="Weight of the dense model's predictions.")] = 1.0,
     language_model: Annotated[float, typer.Option(help="Weight of the text's own next tokens.")] = 0.25,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,

@@ -67,6 +67,7 @@ def run_network(
     ids: np.ndarray,
     visit: Visit,
     hold: Hold = list,
+    precision: str = "float32",
 ) -> None:
     """Runs a model over tokens; `visit` sees every group of projections in order and says what they become.
 
@@ -80,6 +81,7 @@ def run_network(
         ids: int32 `(windows, tokens)`.
         visit: see `Visit`.
         hold: see `Hold`.
+        precision: what the factors of projections are rounded to, `"float32"` or `"bfloat16"`; sums are float32.
     """
     slots = {weight.slot: weight for weight in weights}
     params = {slot: jnp.asarray(read(slots[slot].name), jnp.float32) for slot in ("embed_tokens", "norm")}
@@ -107,7 +109,7 @@ def run_network(
             )
             matrices = visit([names[key] for key in group], inputs)
             for key in group:
-                given[key] = hold(_products(inputs, jnp.asarray(matrices[names[key]], jnp.float32)))
+                given[key] = hold(_products(inputs, jnp.asarray(matrices[names[key]], precision)))
         stream = hold(_output_of(others, known, x, config=one) for known, x in _each(given, stream))
     if "lm_head" in slots:
         norm = jnp.asarray(read(slots["norm"].name), jnp.float32)
@@ -205,4 +207,6 @@ def _input_of_head(norm: jax.Array, x: jax.Array, *, config: DecoderConfig) -> j
 
 @jax.jit
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    return jnp.einsum("bti,oi->bto", x, matrix, precision="highest")
+    return jnp.einsum(
+        "bti,oi->bto", x.astype(matrix.dtype), matrix, precision="highest", preferred_element_type=jnp.float32
+    )

@@ -16,6 +16,7 @@ from upg_jax._decode import to_dense
 from upg_jax._errors import EncodingError
 from upg_jax._index import dense_row_entries
 from upg_jax._mdcsr import MdCSR
+from upg_jax._precision import best_precision
 from upg_jax._values import value_bytes
 from upg_jax.compress._activations import OnDisk, run_network
 from upg_jax.compress._calibration import Calibration
@@ -87,11 +88,12 @@ def encode_in_order(
         return _dense(matrix(name, None))
 
     def visit(names: Sequence[str], batches: Sequence[jax.Array]) -> dict[str, Any]:
-        inputs = Inputs(batches)
+        inputs = Inputs(batches, precision)
         return {name: _dense(matrix(name, inputs)) for name in names}
 
+    precision = best_precision()
     hold = list if spill is None else partial(OnDisk, directory=spill)
-    run_network(config, weights(config), read, plan.calibration.ids, visit, hold)
+    run_network(config, weights(config), read, plan.calibration.ids, visit, hold, precision)
     for name in planned:
         matrix(name, None)  # what the model does not use, such as the second copy of a tied head
 

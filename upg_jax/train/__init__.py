@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from upg_jax._precision import best_precision
 from upg_jax.train._loss import Losses, distillation_loss
-from upg_jax.train._network import Student, Teacher, best_precision
+from upg_jax.train._network import Student, Teacher
 from upg_jax.train._recover import Recovered, recover
 from upg_jax.train._settings import RecoveryProgress, RecoverySettings
 from upg_jax.train._text import TokenWindows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,16 +15,6 @@ from upg_jax._trainable import TrainableMdCSR
 from upg_jax.inference import UPGModel
 from upg_jax.models import DecoderConfig, Params, embed, head, run_layers, weights
 from upg_jax.train._frozen import Frozen
-
-
-def best_precision() -> str:
-    """`"bfloat16"` where the default device multiplies bfloat16 faster than float32, else `"float32"`."""
-    if jax.default_backend() != "cpu":
-        return "bfloat16"
-    try:
-        return "bfloat16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else "float32"
-    except OSError:
-        return "float32"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +182,12 @@ def _run(layers: dict[str, Any], config: DecoderConfig, x: jax.Array) -> jax.Arr
         one = {slot: (value,) if _is_matrix(value) else value[None] for slot, value in layer.items()}
         return run_layers(one, config.only(0), x)[0], None
 
-    return jax.lax.scan(body, x, layers)[0]
+    return jax.lax.scan(jax.checkpoint(body, policy=_kept, prevent_cse=False), x, layers)[0]
+
+
+def _kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Products are kept for the way back. Everything else would be five times their size, and is quickly made again."""
+    return primitive.name in ("pattern_product", "custom_vjp_call")
 
 
 def _alike(config: DecoderConfig) -> bool:

@@ -17,11 +17,12 @@ import numpy as np
 
 from upg_jax._errors import CheckpointError, FormatError
 from upg_jax._mdcsr import MdCSR
+from upg_jax._precision import best_precision
 from upg_jax._version import __version__
 from upg_jax.inference import UPGModel
 from upg_jax.io import UPGDecompressor, save
 from upg_jax.train._checkpoint import TrainingCheckpoint
-from upg_jax.train._network import Student, Teacher, best_precision
+from upg_jax.train._network import Student, Teacher
 from upg_jax.train._settings import RecoveryProgress, RecoverySettings
 from upg_jax.train._step import optimizer, train_step
 from upg_jax.train._text import TokenWindows

@@ -29,7 +29,7 @@ class RecoverySettings:
 
     minutes: float | None = None
     tokens: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup: float = 0.05
     distillation: float = 1.0
     language_model: float = 0.25
