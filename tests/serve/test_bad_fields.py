@@ -90,6 +90,12 @@ def test_a_bad_field_of_a_completion_is_named(http, name, value):
     refused(http, "/v1/completions", {**COMPLETION, name: value}, name)
 
 
+def test_a_complaint_shows_the_number(http):
+    for value, shown in ((1e9, "1000000000.0"), (-3, "-3")):
+        response = http.post("/v1/completions", json={**COMPLETION, "max_tokens": value})
+        assert response.json()["error"]["message"].endswith(f"; got {shown}")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -111,7 +111,7 @@ def test_a_server_of_its_own_has_a_key_a_time_limit_and_origins(engine, idle):
     from upg_jax.serve import Limits, create_app
 
     app = create_app(
-        engine, name="small", limits=Limits(seconds=0.05), api_key="secret", cors_origins=["https://page"]
+        engine, name="small", limits=Limits(seconds=0.05), api_key="sécret", cors_origins=["https://page"]
     )
     with serving(app) as (host, port), httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
@@ -119,7 +119,7 @@ def test_a_server_of_its_own_has_a_key_a_time_limit_and_origins(engine, idle):
             assert response.status_code == 401
             assert response.json()["error"]["type"] == "authentication_error"
         assert http.get("/health").status_code == 200
-        key = {"Authorization": "Bearer secret", "Origin": "https://page"}
+        key = {"Authorization": "Bearer sécret".encode(), "Origin": "https://page"}
         response = http.post("/v1/completions", json=LONG, headers=key)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"

@@ -25,7 +25,6 @@ class Running:
     def __init__(self, job: Job, engine: Engine, metrics: Metrics, seconds: float) -> None:
         self._engine, self._metrics = engine, metrics
         self._began = time.monotonic()
-        self._deadline = self._began + seconds
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.tokens = 0
         loop = asyncio.get_running_loop()
@@ -49,6 +48,8 @@ class Running:
             raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"}) from e
         except ValueError as e:
             raise ApiError(400, str(e)) from e
+        # An event like the others: a timer for each token would cost as much as all else that is done with it.
+        self._deadline = loop.call_later(seconds, self._events.put_nowait, (0, TimeoutError()))
         metrics.prompt_tokens += sum(map(len, job.prompts))
 
     async def events(self) -> AsyncIterator[tuple[int, StreamedToken]]:
@@ -58,13 +59,9 @@ class Running:
             ApiError: if an answer cannot be finished.
         """
         while self._left:
-            try:
-                async with asyncio.timeout(self._deadline - time.monotonic()):
-                    choice, event = await self._events.get()
-            except TimeoutError:
-                raise ApiError(
-                    504, "the answer took longer than this server allows", code="timeout"
-                ) from None
+            choice, event = await self._events.get()
+            if isinstance(event, TimeoutError):
+                raise ApiError(504, "the answer took longer than this server allows", code="timeout")
             if isinstance(event, EngineClosedError):
                 raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
             if isinstance(event, Exception):
@@ -79,6 +76,7 @@ class Running:
 
     def end(self) -> None:
         """Frees whatever is still held; to be called however a job ends."""
+        self._deadline.cancel()
         if self._left:
             for request in self._requests:
                 self._engine.cancel(request)

@@ -75,7 +75,7 @@ class Server:
         return handle
 
     def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
         if self._key is not None and not hmac.compare_digest(given, self._key):
             raise ApiError(
                 401, "a wrong or no API key was sent as 'Authorization: Bearer KEY'", code="invalid_api_key"

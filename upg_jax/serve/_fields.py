@@ -67,7 +67,8 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int):
-            raise bad(name, f"{name!r} must be an integer; got {_kind(value)}")
+            got = _short(value) if isinstance(value, float) else _kind(value)
+            raise bad(name, f"{name!r} must be an integer; got {got}")
         if not low <= value <= high:
             raise bad(name, f"{name!r} must be in [{low}, {high}]; got {_short(value)}")
         return value
