@@ -185,6 +185,23 @@ def test_too_many_requests_are_refused_all_or_none(model):
     engine.close()
 
 
+def test_one_slot_without_a_queue_takes_one_request_after_another(model):
+    engine = Engine(model, slots=1, context=64, chunk=16, max_waiting=0)
+    # Whoever has the last token may ask again, before the engine has tidied up.
+    assert [len(answered(engine, prompt_of(3), max_new_tokens=2)[0]) for _ in range(20)] == [2] * 20
+    engine.close()
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_and_harms_nobody(model):
+    """As of a tokenizer with more tokens than the model."""
+    engine = Engine(model, slots=1, context=64, chunk=16)
+    with pytest.raises(ValueError, match="token ids must be in"):
+        engine.submit([Client([1, model.config.vocab_size], max_new_tokens=1).request])
+    assert engine.alive
+    assert len(answered(engine, prompt_of(3), max_new_tokens=1)[0]) == 1
+    engine.close()
+
+
 def test_closing_finishes_what_it_may_and_ends_the_rest(model):
     engine = Engine(model, slots=1, context=64, chunk=16)
     first, second = (Client(prompt_of(3), max_new_tokens=n) for n in (5, 6))

@@ -206,3 +206,9 @@ def test_the_bytes_of_tokens_add_up_to_those_of_a_text():
         ours = Tokenizer(tokenizer)
         found = b"".join(ours.token_bytes(token) for token in ours.encode(text))
         assert found.decode().replace(" ", "") == text.replace(" ", "")
+
+
+def test_text_that_is_not_unicode_is_refused():
+    """What Python makes of a terminal's bytes that are not UTF-8."""
+    with pytest.raises(ValueError, match="valid Unicode"):
+        Tokenizer(byte_level()).encode("a\udcffb")

@@ -225,6 +225,7 @@ def test_info_describes_tensors_from_the_header(model):
                 true_nnz=tensor.true_nnz,
                 row_alignment=1,
                 index="delta8",
+                value_bits=8,
             )
             assert info.bits_per_weight == back.bits_per_weight
         else:

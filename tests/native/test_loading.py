@@ -35,6 +35,8 @@ def test_its_handlers_are_the_ones_that_lowerings_name(library):
         _native.DENSE_SPARSE,
         _native.DECODE,
         _native.ATTEND,
+        _native.SPARSE_DENSE_NARROW,
+        _native.DECODE_NARROW,
     ]
 
 

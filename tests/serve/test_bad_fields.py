@@ -90,6 +90,11 @@ def test_a_bad_field_of_a_completion_is_named(http, name, value):
     refused(http, "/v1/completions", {**COMPLETION, name: value}, name)
 
 
+def test_a_field_whose_name_is_no_text_is_refused(http):
+    response = http.post("/v1/chat/completions", content=b'{"model": "small", "\\ud800": 2}')
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
 def test_a_complaint_shows_the_number(http):
     for value, shown in ((1e9, "1000000000.0"), (-3, "-3")):
         response = http.post("/v1/completions", json={**COMPLETION, "max_tokens": value})

@@ -130,7 +130,8 @@ class Engine:
         Raises:
             EngineBusyError: if they are more than free rows and places to wait.
             EngineClosedError: if the engine is closed.
-            ValueError: for a request that does not fit into the context, or whose settings the model cannot follow.
+            ValueError: for a request that does not fit into the context, or whose tokens or settings are not for this
+                model.
         """
         for request in requests:
             tokens, new = len(request.prompt), request.settings.max_new_tokens
@@ -139,6 +140,7 @@ class Engine:
                     f"engine: prompt and max_new_tokens must be at least 1 token each and at most {self.context} "
                     f"together; got {tokens} and {new}"
                 )
+            self.model.encode(request.prompt)
             request.settings.bias(self.model.config.vocab_size)
             if request.settings.seed is None:
                 request.settings = dataclasses.replace(request.settings, seed=secrets.randbits(63))
@@ -146,10 +148,12 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise EngineClosedError("engine: is closed and takes no more requests")
-            free = self.slots - self.running
+            # The row of a request that has ended is free before the next step.
+            answered = sum(r is not None and r.state != "ended" for r in self._rows)
+            free = self.slots - answered
             if len(self._waiting) + len(requests) > free + self.max_waiting:
                 raise EngineBusyError(
-                    f"engine: {self.running} requests are being answered and {len(self._waiting)} wait; try again later"
+                    f"engine: {answered} requests are being answered and {len(self._waiting)} wait; try again later"
                 )
             for request in requests:
                 request.state = "waiting"

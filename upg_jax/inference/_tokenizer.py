@@ -76,7 +76,14 @@ class Tokenizer:
         Args:
             text: special tokens in it are recognized.
             add_special_tokens: add what the model expects around a text (for many, a token at the beginning).
+
+        Raises:
+            ValueError: for text that is not Unicode, as of a terminal whose bytes are not UTF-8.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError("Tokenizer.encode: text must be valid Unicode (is the input UTF-8?)") from e
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

@@ -118,7 +118,8 @@ class Server:
         engine, limits = self._engine, self._limits
 
         def understood() -> Job:
-            return parse(parse_object(body), engine.model, self._name, engine.context, limits.choices)
+            choices = min(limits.choices, engine.slots + engine.max_waiting)
+            return parse(parse_object(body), engine.model, self._name, engine.context, choices)
 
         # Reading and tokenizing a long prompt takes a while, in which others are served.
         job = await asyncio.to_thread(understood)

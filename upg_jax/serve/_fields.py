@@ -96,7 +96,8 @@ class Fields:
     def finish(self) -> None:
         """Refuses fields that nobody read."""
         for name in self._values.keys() - self._read:
-            raise bad(name[:100], f"unknown field {name[:100]!r}", "unknown_parameter")
+            shown = name[:100].encode("utf-8", "replace").decode()  # JSON has names that are no text
+            raise bad(shown, f"unknown field {shown!r}", "unknown_parameter")
 
 
 def _kind(value: Any) -> str:

@@ -171,8 +171,9 @@ def _chat_prompt(fields: Fields, model: UPGModel) -> list[int]:
     tokenizer = _tokenizer(model, "messages")
     plain = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     try:
-        return tokenizer.encode_chat(plain)
-    except UPGError as e:  # the model's template has rules of its own
+        return model.encode(tokenizer.encode_chat(plain))
+    # The model's template has rules of its own, and a tokenizer may have more tokens than the model.
+    except (UPGError, ValueError) as e:
         raise bad("messages", str(e)) from e
 
 
