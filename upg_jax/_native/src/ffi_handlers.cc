@@ -250,76 +250,49 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer k
   return execute(attention_plan(a, out->typed_data<float>()), pool);
 }
 
+// x, scales, index, row_pointers, values, deltas and further planes; y and scratch.
+auto product_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<std::int32_t>("index");
+}
+
+// scales, row_pointers, values, deltas and further planes; the dense matrices.
+auto decode_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<std::int32_t>("index");
+}
+
 }  // namespace
 }  // namespace upg
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_sparse_dense, upg::sparse_dense,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::int32_t>("index"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_sparse_dense, upg::sparse_dense, upg::product_binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_dense_sparse, upg::dense_sparse,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::int32_t>("index"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_dense_sparse, upg::dense_sparse, upg::product_binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode, upg::decode,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::int32_t>("index"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode, upg::decode, upg::decode_binding());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_sparse_dense_narrow, upg::sparse_dense_narrow,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::int32_t>("index")
-                                  .Attr<std::int32_t>("bits")
-                                  .Attr<std::int32_t>("group_size"));
+                              upg::product_binding().Attr<std::int32_t>("bits").Attr<std::int32_t>("group_size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_decode_narrow, upg::decode_narrow,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::int32_t>("index")
-                                  .Attr<std::int32_t>("bits")
-                                  .Attr<std::int32_t>("group_size"));
+                              upg::decode_binding().Attr<std::int32_t>("bits").Attr<std::int32_t>("group_size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(upg_attend, upg::attend,
                               xla::ffi::Ffi::Bind()
