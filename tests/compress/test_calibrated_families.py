@@ -32,7 +32,7 @@ def inputs_of_modules(name):
     return found
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen2", "mixtral"])
 def test_inputs_are_those_of_transformers(name):
     expected, visited = inputs_of_modules(name), {}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from upg_jax.compress import Calibration, Plan, Progress, Report, TensorPlan, TensorReport
+    from upg_jax.compress import Calibration, Plan, Progress, Report, Settings, TensorPlan, TensorReport
     from upg_jax.io import Checkpoint
 
 
@@ -39,8 +39,8 @@ def compress(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text for wanda and sparsegpt: a UTF-8 file, a directory of .txt files, or a Hugging Face data set on "
-            "disk. Default: entries of the Jargon File; text like what the model is for does better.",
+            help="Text for wanda, sparsegpt and --allocate: a UTF-8 file, a directory of .txt files, or a Hugging Face "
+            "data set on disk. Default: entries of the Jargon File; text like what the model is for does better.",
             show_default=False,
         ),
     ] = None,
@@ -48,6 +48,14 @@ def compress(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 64,
     window: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of windows.")] = 0,
+    allocate: Annotated[
+        bool,
+        typer.Option(
+            "--allocate",
+            help="Measure what pruning each matrix costs and share the density out by that. Same size, better model; "
+            "decodes somewhat slower.",
+        ),
+    ] = False,
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,6 +132,20 @@ def compress(
         group_size=group_size,
     )
     checkpoint = open_checkpoint(source)
+    tokens = None
+    if allocate or (method in CALIBRATED and not dry_run):
+        tokens = _calibration(checkpoint, calibration, column, windows, window, seed)
+        if len(tokens.ids) < windows:
+            stderr.print(
+                f"the text has {len(tokens.ids)} windows of {window} tokens; {windows} were asked for"
+            )
+    elif calibration is not None and method not in CALIBRATED:
+        raise EncodingError(
+            f"compress: --calibration is for {' and '.join(CALIBRATED)} and --allocate; got method {method}"
+        )
+    if allocate:
+        assert tokens is not None
+        settings = _allocated(checkpoint, settings, tokens)
     planned = plan(checkpoint, settings)
     for warning in planned.warnings:
         stderr.print(Text.assemble(("warning: ", "yellow"), warning))
@@ -133,15 +155,6 @@ def compress(
         else:
             _print_sizes(planned, planned.file_bytes, "would be")
         return
-    tokens = None
-    if method in CALIBRATED:
-        tokens = _calibration(checkpoint, calibration, column, windows, window, seed)
-        if len(tokens.ids) < windows:
-            stderr.print(
-                f"the text has {len(tokens.ids)} windows of {window} tokens; {windows} were asked for"
-            )
-    elif calibration is not None:
-        raise EncodingError(f"compress: --calibration is for {' and '.join(CALIBRATED)}; got method {method}")
     try:
         with bytes_progress("compress:") as update:
 
@@ -152,7 +165,7 @@ def compress(
                 checkpoint,
                 destination,
                 settings,
-                calibration=tokens,
+                calibration=tokens if method in CALIBRATED else None,
                 progress=progress,
                 restart=restart,
                 force=force,
@@ -189,6 +202,16 @@ def _calibration(
         seed=seed,
         source="Jargon File 4.4.7 (lexicon)" if path is None else path.name,
     )
+
+
+def _allocated(checkpoint: Checkpoint, settings: Settings, calibration: Calibration) -> Settings:
+    from upg_jax.cli._output import bytes_progress
+    from upg_jax.compress import allocate
+
+    with bytes_progress("compress:") as update:
+        return allocate(
+            checkpoint, settings, calibration, progress=lambda p: update(p.stage, p.done, p.total, p.name)
+        )
 
 
 def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:

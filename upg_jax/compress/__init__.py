@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from upg_jax.compress._allocation import allocate
 from upg_jax.compress._calibration import Calibration, default_texts, read_texts
 from upg_jax.compress._pipeline import Report, TensorReport, compress_checkpoint
 from upg_jax.compress._plan import Plan, TensorPlan, plan
@@ -25,6 +26,7 @@ __all__ = [
     "Settings",
     "TensorPlan",
     "TensorReport",
+    "allocate",
     "compress_checkpoint",
     "default_texts",
     "plan",

@@ -53,7 +53,20 @@ class _Given:
     output: jax.Array
 
     def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return self.output if bias is None else self.output + bias
+        return self.output if bias is None else self.output + bias[None, None]
+
+
+@dataclasses.dataclass
+class _Known:
+    """A projection by a known matrix: notes its input."""
+
+    key: str
+    matrix: jax.Array
+    inputs: dict[str, jax.Array]
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+        self.inputs[self.key] = x
+        return _Given(_product(x, self.matrix))(x, bias)
 
 
 Others: TypeAlias = dict[str, jax.Array]
@@ -89,17 +102,10 @@ def run_network(
     batches = np.split(ids, ids.shape[0] // windows)
     stream = hold(embed(params, config, jnp.asarray(batch)) for batch in batches)
     del params
-    in_layers = [weight for weight in weights if weight.per_layer]
-    shapes = tuple((key, w.shape[0]) for w in in_layers if w.linear for key in _keys(w))
     groups: list[list[str]] = []
-    for layer in range(config.num_layers):
-        one = config.only(layer)
-        names = {key: name for w in in_layers for key, name in zip(_keys(w), w.names_in(layer), strict=True)}
-        others = {
-            weight.slot: jnp.asarray(read(weight.names_in(layer)[0]), jnp.float32)[None]
-            for weight in in_layers
-            if not weight.linear
-        }
+    for block in blocks(config, weights, read):
+        one, names, others = block.config, block.names, block.others
+        shapes = tuple(block.rows.items())
         groups = groups or _groups(one, shapes, others, stream[0])
         given: dict[str, Sequence[jax.Array]] = {}
         for group in groups:
@@ -114,6 +120,38 @@ def run_network(
     if "lm_head" in slots:
         norm = jnp.asarray(read(slots["norm"].name), jnp.float32)
         visit([slots["lm_head"].name], hold(_input_of_head(norm, x, config=config) for x in stream))
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block of a model, but for its projections.
+
+    Attributes:
+        config: of a model that has no other block.
+        names: of its projections, by key: a slot's name, or one for each expert.
+        rows: output features of its projections, by key.
+        others: its norms and biases by slot, float32, with a leading axis of 1.
+    """
+
+    config: DecoderConfig
+    names: dict[str, str]
+    rows: dict[str, int]
+    others: Others
+
+
+def blocks(config: DecoderConfig, weights: Sequence[Weight], read: Callable[[str], Any]) -> Iterator[Block]:
+    """A model's blocks in order; arguments as of `run_network`."""
+    in_layers = [weight for weight in weights if weight.per_layer]
+    linear = [weight for weight in in_layers if weight.linear]
+    rows = {key: w.shape[0] for w in linear for key in _keys(w)}
+    for layer in range(config.num_layers):
+        names = {key: name for w in linear for key, name in zip(_keys(w), w.names_in(layer), strict=True)}
+        others = {
+            weight.slot: jnp.asarray(read(weight.names_in(layer)[0]), jnp.float32)[None]
+            for weight in in_layers
+            if not weight.linear
+        }
+        yield Block(config.only(layer), names, rows, others)
 
 
 def _each(given: Mapping[str, Sequence[jax.Array]], stream: Sequence[jax.Array]) -> Iterator[Any]:
@@ -196,6 +234,27 @@ def _input_of(
 @partial(jax.jit, static_argnames="config")
 def _output_of(others: Others, given: Others, x: jax.Array, *, config: DecoderConfig) -> jax.Array:
     return run_layers(others | _by_slot({key: _Given(y) for key, y in given.items()}), config, x)[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def run_block(
+    others: Others, matrices: Mapping[str, jax.Array], x: jax.Array, *, config: DecoderConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs a block whose projections are all known.
+
+    Args:
+        others: the block's.
+        matrices: its projections by key, of the dtype that products round their factors to.
+        x: float32 `(windows, tokens, hidden)`.
+        config: the block's.
+
+    Returns:
+        What it leaves, and by key the sums of squares of each projection's input features.
+    """
+    inputs: dict[str, jax.Array] = {}
+    projections = {key: _Known(key, matrix, inputs) for key, matrix in matrices.items()}
+    x = run_layers(others | _by_slot(projections), config, x)[0]
+    return x, {key: jnp.sum(jnp.square(values), axis=(0, 1)) for key, values in inputs.items()}
 
 
 @partial(jax.jit, static_argnames="config")

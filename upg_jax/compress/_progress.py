@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-Stage: TypeAlias = Literal["hash", "encode", "write"]
+Stage: TypeAlias = Literal["measure", "hash", "encode", "write"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Progress:
     """One report of a stage's progress.
 
     Attributes:
-        stage: `"hash"` (of the sources), `"encode"` or `"write"`.
+        stage: `"measure"` (what pruning costs, by `allocate`), `"hash"` (of the sources), `"encode"` or `"write"`.
         name: the file or tensor at hand.
         done: bytes done in this stage, those that an earlier run did included.
         total: bytes of this stage.

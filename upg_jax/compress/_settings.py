@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -72,6 +73,15 @@ class Rule:
             ) from e
         if self.density is not None:
             _check_density(self.density)
+
+    def finds(self, name: str) -> bool:
+        """Whether the pattern is found in a tensor's name."""
+        return self._compiled.search(name) is not None
+
+    @functools.cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        # The module's own cache is smaller than the rules that `allocate` makes for a large model.
+        return re.compile(self.pattern)
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -156,7 +166,7 @@ class Settings:
         matrices = {n: None for n, shape in shapes.items() if len(shape) == 2 and not _EMBEDDING.search(n)}
         for rule in self.rules:
             names: Iterable[str] = shapes if rule.density is None else matrices
-            if not any(re.search(rule.pattern, name) for name in names):
+            if not any(rule.finds(name) for name in names):
                 raise EncodingError(_matches_nothing(rule, shapes, matrices))
         return {
             name: self._encoding(name, name in matrices) if len(s) == 2 else None
@@ -165,7 +175,7 @@ class Settings:
 
     def _encoding(self, name: str, prunable: bool) -> Encoding | None:
         for rule in self.rules:
-            if re.search(rule.pattern, name) and (prunable or rule.density is None):
+            if rule.finds(name) and (prunable or rule.density is None):
                 return None if rule.density is None else self._pruned(rule.density)
         if _TOKENS.search(name):
             return _INT8_ROWS if self.token_embedding == "int8" else None
@@ -225,7 +235,7 @@ def _check_density(density: float) -> None:
 
 
 def _matches_nothing(rule: Rule, shapes: Iterable[str], matrices: Iterable[str]) -> str:
-    if any(re.search(rule.pattern, name) for name in shapes):
+    if any(rule.finds(name) for name in shapes):
         return (
             f"rule: {rule.pattern!r} matches only embeddings and tensors that are no matrices, which are never "
             "pruned; remove it"
