@@ -244,13 +244,23 @@ def test_compress_calibrates_on_a_text(upg_jax, gguf_model, tmp_path):
 
 def test_compress_shares_the_density_out(upg_jax, gguf_model, tmp_path):
     (tmp_path / "book.txt").write_text("he said that she said that he was there, and so on. " * 40)
-    options = ["--density", "0.4", "--allocate", "--calibration", "book.txt", "--windows", "8", "--window", "100"]
+    options = [
+        "--density",
+        "0.4",
+        "--allocate",
+        "--calibration",
+        "book.txt",
+        "--windows",
+        "8",
+        "--window",
+        "100",
+    ]
     planned = upg_jax("compress", gguf_model, "out", *options, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     made = upg_jax("compress", gguf_model, "out", *options, "--json")
     assert made.returncode == 0, made.stderr
     with UPGDecompressor.from_safetensors(tmp_path / "out") as model:
-        rules = {pattern: density for pattern, density in model.provenance["settings"]["rules"]}
+        rules = dict(model.provenance["settings"]["rules"])
     densities = [t["density"] for t in json.loads(planned.stdout)["tensors"] if t["index"] == "delta8"]
     assert sorted(rules.values()) == sorted(densities)
     assert min(densities) < 0.4 < max(densities)
