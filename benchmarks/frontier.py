@@ -2,7 +2,7 @@
 
     python -m benchmarks.frontier MODEL.gguf GENSIM.whl HANDBOOK.deb DIR rows.jsonl [--only PATTERN] [--recovered DIR]
 
-Compresses the model by each of `SETTINGS` into DIR (what is there already is not made again), and measures every model
+Compresses the model by each of `SETTINGS`, some with densities by matrix (`allocate`), into DIR (what is there already is not made again), and measures every model
 on the texts of `benchmarks.pruning`: perplexity, divergence from the dense model and agreement with it, the relative
 error of the weights (root mean square over the matrices), bits per weight of the linear layers with all overheads,
 tokens a second of a greedy answer. `--recovered` adds the models in another directory, as they are.
@@ -29,7 +29,7 @@ from benchmarks._rows import environment
 from benchmarks.pruning import WINDOW, handbook, spaced_windows, wikipedia
 from upg_jax import UPGModel
 from upg_jax.cli._report import size_of, speed_of
-from upg_jax.compress import Calibration, Settings, compress_checkpoint
+from upg_jax.compress import Calibration, Settings, allocate, compress_checkpoint
 from upg_jax.inference import compare, perplexity, weight_errors
 
 # Names of directories. "float" embeddings, so that what differs is the linear layers alone.
@@ -39,16 +39,17 @@ SETTINGS: dict[str, Settings] = {
     "dense-4-bit-group-64": Settings(density=1.0, value_bits=4, group_size=64, embedding="float"),
     "dense-3-bit-group-32": Settings(density=1.0, value_bits=3, group_size=32, embedding="float"),
     **{
-        f"sparsegpt-{density}-{bits}-bit": Settings(
+        f"sparsegpt-{density}{'-allocated' * allocated}-{bits}-bit": Settings(
             density=density, method="sparsegpt", value_bits=bits, pack=True, embedding="float"
         )
         # At density 1.0 this is GPTQ.
-        for bits, densities in {
-            4: (1.0, 0.7, 0.5, 0.42, 0.3),
-            3: (1.0, 0.67, 0.55),
-            8: (0.7, 0.5, 0.4, 0.3),
-        }.items()
-        for density in densities
+        for bits, density, allocated in [
+            *((4, density, density < 1) for density in (1.0, 0.7, 0.5, 0.3)),
+            *((3, density, density < 1) for density in (1.0, 0.67)),
+            *((8, density, True) for density in (0.7, 0.5, 0.3)),
+            (4, 0.5, False),
+            (8, 0.5, False),
+        ]
     },
 }
 PEERS = [(4, 32), (4, 64), (3, 32), (3, 64)]
@@ -148,6 +149,8 @@ def main() -> None:
         if wanted(name):
             directory = options.directory / name
             if not directory.exists():
+                if "-allocated" in name:
+                    settings = allocate(options.model, settings, calibration)
                 calibrated = None if settings.method == "magnitude" else calibration
                 compress_checkpoint(options.model, directory, settings, calibration=calibrated)
             model = UPGModel.from_file(directory)

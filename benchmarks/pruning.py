@@ -7,7 +7,7 @@ The texts come from packages and are not in this repository: Wikipedia articles 
 needs `dpkg-deb`). Calibration: 64 windows of 512 tokens of every article but each fourth. Evaluation: 20 windows of
 512 tokens, evenly spaced, of each fourth article, and of the handbook. A row is one setting: perplexities on both
 texts, bits per weight of the linear layers, seconds of wall clock and of CPU for compression, and the process's most
-resident memory so far.
+resident memory so far. `--allocate` measures densities by matrix first, and its seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from upg_jax import UPGModel, __version__
-from upg_jax.compress import Calibration, Settings, compress_checkpoint
+from upg_jax.compress import Calibration, Settings, allocate, compress_checkpoint
 from upg_jax.inference import perplexity
 
 WINDOW, WINDOWS = 512, 20
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dense", "magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.7, 0.5, 0.4, 0.3])
     parser.add_argument("--pattern")
+    parser.add_argument("--allocate", action="store_true")
     parser.add_argument("--keep", type=Path, help="keep the compressed models in this directory")
     parser.add_argument("--note", default="")
     options = parser.parse_args()
@@ -149,7 +150,16 @@ def main() -> None:
                 settings = Settings(
                     density=density, method=method, pattern=options.pattern, embedding="float"
                 )
-                directory = (options.keep or Path(temporary)) / f"{method}-{density}"
+                allocated = None
+                if options.allocate:
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    settings = allocate(options.model, settings, calibration)
+                    allocated = {
+                        "seconds": time.perf_counter() - wall,
+                        "cpu_seconds": time.process_time() - cpu,
+                    }
+                name = f"{method}-{density}" + ("-allocated" if options.allocate else "")
+                directory = (options.keep or Path(temporary)) / name
                 wall, cpu = time.perf_counter(), time.process_time()
                 report = compress_checkpoint(
                     options.model,
@@ -163,6 +173,7 @@ def main() -> None:
                     UPGModel.from_file(directory),
                     method=method,
                     density=density,
+                    allocated=allocated,
                     pattern=settings.counted,
                     bits_per_weight=report.bits_per_weight,
                     seconds=wall,
