@@ -2,10 +2,11 @@
 
     python -m benchmarks.frontier MODEL.gguf GENSIM.whl HANDBOOK.deb DIR rows.jsonl [--only PATTERN] [--recovered DIR]
 
-Compresses the model by each of `SETTINGS`, some with densities by matrix (`allocate`), into DIR (what is there already is not made again), and measures every model
-on the texts of `benchmarks.pruning`: perplexity, divergence from the dense model and agreement with it, the relative
-error of the weights (root mean square over the matrices), bits per weight of the linear layers with all overheads,
-tokens a second of a greedy answer. `--recovered` adds the models in another directory, as they are.
+Compresses the model by each of `SETTINGS`, most with densities by matrix (`allocate`), into DIR (what is there already
+is not made again), and measures every model on the texts of `benchmarks.pruning`: perplexity, divergence from the dense
+model and agreement with it, the relative error of the weights (root mean square over the matrices), bits per weight of
+the linear layers with all overheads, tokens a second of a greedy answer. `--recovered` adds the models in another
+directory, as they are.
 
 The peers are dense: rounded to the nearest of 2**bits levels, with one float16 scale for a group of consecutive weights
 of a row, as llama.cpp's Q4_0 (the scale is the weight of the largest magnitude over -2**(bits - 1)). They are computed
