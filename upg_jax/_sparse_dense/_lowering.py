@@ -34,9 +34,6 @@ def _register(
     """The default lowering is pure HLO, so that it runs under plugins that refuse custom calls."""
     compiled_once = jax.jit(implementation, static_argnames="layout")
 
-    def reference(*args: Any, layout: Layout, backend: str) -> jax.Array:
-        return compiled_once(*args, layout=layout)
-
     def default(*args: Any, layout: Layout, backend: str) -> jax.Array:
         if backend not in ("auto", "reference"):
             raise BackendError(
@@ -46,21 +43,28 @@ def _register(
         return compiled_once(*args, layout=layout)
 
     anywhere = mlir.lower_fun(default, multiple_results=False)
-    otherwise = mlir.lower_fun(reference, multiple_results=False)
-    native = _native_lowering.lowering(target, otherwise, scratch)
-    native_narrow = _narrow_lowering.lowering(narrow, otherwise)
+    native = _native_lowering.custom_call(target, scratch)
+    native_narrow = mlir.lower_fun(narrow, multiple_results=False)
 
     def on_cpu(ctx: Any, *args: Any, layout: Layout, backend: str) -> Any:
-        rule = native if native and backend != "cuda" else anywhere
-        if rule is native and layout.value_bits != 8:
-            rule = native_narrow
-        return rule(ctx, *args, layout=layout, backend=backend)
+        if _native.load() is None or backend not in ("auto", "native"):
+            return anywhere(ctx, *args, layout=layout, backend=backend)
+        if reason := _native_lowering.unfit(ctx.avals_in, layout):
+            if backend == "native":
+                raise BackendError(
+                    f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'"
+                )
+            return anywhere(ctx, *args, layout=layout, backend=backend)
+        kernels = native if layout.value_bits == 8 else native_narrow
+        return kernels(ctx, *args, layout=layout)
 
     mlir.register_lowering(primitive, anywhere)
     mlir.register_lowering(primitive, _metal_lowering.lowering(operation, on_cpu), platform="cpu")
     mlir.register_lowering(primitive, _cuda_lowering.lowering(on_nvidia, anywhere), platform="cuda")
 
 
+# Now, since a saved program may be run that lowers nothing.
+_native.load()
 _cuda.load()
 for _primitive, _target, _operation, _transposed in (
     (sparse_dense_p, _native.SPARSE_DENSE, _metal_lowering.PRODUCTS, False),

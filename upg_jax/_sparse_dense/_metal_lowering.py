@@ -145,9 +145,9 @@ def _unfit(avals: Sequence[Any], layouts: Sequence[Layout], operation: str) -> s
     if operation != DECODE and str(avals[0].dtype) not in _ELEMENTS:
         return f"x is {avals[0].dtype}"
     for layout in layouts:
-        if getattr(layout, "index", "delta8") != "delta8":
+        if layout.index != "delta8":
             return f"the layer's index is {layout.index!r}"
-        if getattr(layout, "value_bits", 8) != 8:
+        if layout.value_bits != 8:
             return f"the layer's values have {layout.value_bits} bits"
     if not all(isinstance(n, int) for aval in avals for n in aval.shape):
         return "shapes are symbolic"

@@ -1,4 +1,4 @@
-"""The lowering on platform "cpu" of layers with values of fewer than 8 bits, whose index is a mask, or dense.
+"""What platform "cpu" computes for layers with values of fewer than 8 bits, whose index is a mask, or dense.
 
 A few vectors meet a row's levels as the compiled kernel unpacks them; for more, it decodes the levels, and XLA
 multiplies.
@@ -7,7 +7,6 @@ multiplies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,46 +15,11 @@ import numpy as np
 from jax import lax
 
 from upg_jax import _native
-from upg_jax._compat import mlir
-from upg_jax._errors import BackendError
 from upg_jax._native._conversion import INDEX_NUMBERS
 from upg_jax._sparse_dense._primitive import Layout
 from upg_jax._sparse_dense._reference import by_group
 
 _MOST_VECTORS = 8  # kVectorsOfWholeRows in slabs.h
-
-
-def lowering(implementation: Callable[..., jax.Array], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the lowering rule for layers with such values.
-
-    Args:
-        implementation: one of this module's, of the primitive's operands and `layout`.
-        otherwise: the rule where the kernels are not wanted or do not fit.
-    """
-    lower_kernels = mlir.lower_fun(implementation, multiple_results=False)
-
-    def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
-        reason = _unfit(ctx.avals_in, layout)
-        if reason and backend == "native":
-            raise BackendError(f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'")
-        if reason or backend == "reference":
-            return otherwise(ctx, *operands, layout=layout, backend=backend)
-        return lower_kernels(ctx, *operands, layout=layout)
-
-    return lower
-
-
-def _unfit(avals: Any, layout: Layout) -> str | None:
-    if layout.index == "delta8":
-        return (
-            f"values of {layout.value_bits} bits have no compiled kernel with index 'delta8'; upg_jax.pack makes it "
-            "'mask'"
-        )
-    if avals[0].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"x is {avals[0].dtype}"
-    if not all(isinstance(n, int) for aval in avals for n in aval.shape):
-        return "shapes are symbolic"
-    return None
 
 
 def sparse_dense(

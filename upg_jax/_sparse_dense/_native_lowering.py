@@ -15,38 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from upg_jax import _native
-from upg_jax._errors import BackendError
 from upg_jax._native._conversion import INDEX_NUMBERS
 from upg_jax._sparse_dense._primitive import Layout
 
 _ELEMENTS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def lowering(
-    target: str,
-    reference: Callable[..., Any],
-    scratch_floats: Callable[[_native.Library, Any, Layout], int] | None = None,
-) -> Callable[..., Any] | None:
-    """Returns the lowering rule that makes a custom call; None where the library is not loaded.
+def custom_call(
+    target: str, scratch_floats: Callable[[_native.Library, Any, Layout], int] | None = None
+) -> Callable[..., Any]:
+    """Returns the lowering rule that makes a custom call.
 
     Args:
         target: name of the call.
-        reference: the lowering rule for when the reference is forced or the call does not fit.
         scratch_floats: from the operands' avals, how long a float32 buffer the call works in. It is one more
             result, so that XLA plans and reuses it like any other buffer.
     """
-    library = _native.load()
-    if library is None:
-        return None
 
-    def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
-        reason = _unfit(ctx.avals_in)
-        if reason and backend == "native":
-            raise BackendError(f"backend 'native' cannot be used here: {reason}; use 'auto' or 'reference'")
-        if reason or backend == "reference":
-            return reference(ctx, *operands, layout=layout, backend=backend)
+    def lower(ctx: Any, *operands: Any, layout: Layout) -> Any:
         results = list(ctx.avals_out)
         if scratch_floats is not None:
+            library = _native.load()
+            assert library is not None
             scratch = jax.core.ShapedArray((scratch_floats(library, ctx.avals_in, layout),), jnp.float32)
             results.append(scratch)
         index = np.int32(INDEX_NUMBERS[layout.index])
@@ -70,7 +60,13 @@ def product_scratch(library: _native.Library, avals: Any, layout: Layout, *, tra
     )
 
 
-def _unfit(avals: Any) -> str | None:
+def unfit(avals: Any, layout: Layout) -> str | None:
+    """Why the kernels do not take a call, if they do not."""
+    if layout.value_bits != 8 and layout.index == "delta8":
+        return (
+            f"values of {layout.value_bits} bits have no compiled kernel with index 'delta8'; upg_jax.pack makes it "
+            "'mask'"
+        )
     if avals[0].dtype not in _ELEMENTS:
         return f"x is {avals[0].dtype}"
     if not all(isinstance(n, int) for aval in avals for n in aval.shape):
