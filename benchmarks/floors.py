@@ -105,13 +105,6 @@ def _reference(rows: list[Row]) -> Iterator[float | None]:
         yield ratio(row, "BCSR", "unit reference")
 
 
-def _reference_batches(rows: list[Row]) -> Iterator[float | None]:
-    for row in of_topic(rows, "reference"):
-        reference, dense, decode = (median(row, name) for name in ("unit reference", DENSE, "unit decode"))
-        if row["case"]["batch"] >= 32 and reference and dense and decode:
-            yield reference / (dense + decode)
-
-
 def _generate(peer: str) -> Callable[[list[Row]], Iterator[float | None]]:
     def measured(rows: list[Row]) -> Iterator[float | None]:
         for row in of_topic(rows, "generate"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
@@ -14,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from upg_jax._mdcsr import MdCSR
-from upg_jax._sharded import ShardedMdCSR
 from upg_jax.inference._answer import Generation, StreamedToken
 from upg_jax.inference._generate import generate, stream
 from upg_jax.inference._load import eos_token_ids, open_model
 from upg_jax.inference._settings import GenerationSettings
+from upg_jax.inference._sizes import index_bytes, is_compressed, num_weights, weights_of
 from upg_jax.inference._steps import cache_capacity, run_forward
 from upg_jax.inference._tokenizer import Tokenizer
 from upg_jax.models import (
@@ -43,7 +41,6 @@ Prompt: TypeAlias = str | Sequence[int] | np.ndarray
 
 _DTYPES = ("float32", "bfloat16")
 _PACK_BYTES = 10**9
-_COMPRESSED = (MdCSR, ShardedMdCSR)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,7 +108,7 @@ class UPGModel:
             if jax.default_backend() in ("gpu", "cuda"):
                 for name in params.keys() & {"embed_tokens", "lm_head"}:
                     params[name] = decoded_rows(params[name], dtype)
-            if sum(_index_bytes(params).values()) <= _PACK_BYTES if pack is None else pack:
+            if sum(index_bytes(params).values()) <= _PACK_BYTES if pack is None else pack:
                 params = pack_params(params)
         return cls(
             params=params if mesh is None else shard_params(params, config, mesh, axis),
@@ -260,17 +257,17 @@ class UPGModel:
     @property
     def num_weights(self) -> int:
         """Weights of the dense model."""
-        return sum(_num_weights(leaf) for leaf in _weights(self.params))
+        return sum(map(num_weights, weights_of(self.params)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters."""
-        return sum(leaf.nbytes for leaf in _weights(self.params))
+        return sum(leaf.nbytes for leaf in weights_of(self.params))
 
     @property
     def index_bytes(self) -> dict[str, int]:
         """Bytes of compressed matrices by their `index` (docs/format.md), the largest share first."""
-        return _index_bytes(self.params)
+        return index_bytes(self.params)
 
     @property
     def bits_per_weight(self) -> float:
@@ -280,10 +277,10 @@ class UPGModel:
     def __repr__(self) -> str:
         what = f"{self.name}: {self.config.architecture}, {self.config.num_layers} layers"
         try:
-            compressed = [leaf for leaf in _weights(self.params) if isinstance(leaf, _COMPRESSED)]
+            compressed = list(filter(is_compressed, weights_of(self.params)))
             size = f"{self.num_weights:,} weights, {self.bits_per_weight:.2f} bits per weight"
             if compressed:
-                share = sum(map(_num_weights, compressed))
+                share = sum(map(num_weights, compressed))
                 bits = 8 * sum(leaf.nbytes for leaf in compressed) / share
                 indexes = " and ".join(self.index_bytes)
                 size += f" ({bits:.2f} in the {share / self.num_weights:.0%} that are compressed, index {indexes})"
@@ -322,19 +319,3 @@ def _on_the_host() -> contextlib.AbstractContextManager[Any]:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
         return contextlib.nullcontext()
-
-
-def _weights(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _COMPRESSED))
-
-
-def _index_bytes(params: Params) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for leaf in _weights(params):
-        if isinstance(leaf, _COMPRESSED):
-            found[leaf.index] += leaf.nbytes
-    return dict(found.most_common())
-
-
-def _num_weights(leaf: Any) -> int:
-    return leaf.num_weights if isinstance(leaf, _COMPRESSED) else leaf.size
