@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -49,9 +50,10 @@ def sparse_dense(
         return _sharded_product(x, layer, bias, index)
     x, bias, index = check_operands(x, layer, bias, index)
     sharding = explicit_sharding(x)
+    backend = requested_backend()
     if sharding is None:
-        return _product(x, layer, bias, index)
-    return _in_auto_mode(sharding, x, layer, bias, index)
+        return _product(x, layer, bias, index, backend=backend)
+    return _in_auto_mode(sharding, x, layer, bias, index, backend)
 
 
 def check_operands(
@@ -72,9 +74,13 @@ def check_operands(
     return x, bias, _check_index(index, x, layer)
 
 
-def _product(x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array) -> jax.Array:
+# Outside jit each operation would be a program of its own, and a plane's stack axis a copy of the plane.
+@functools.partial(jax.jit, static_argnames="backend", inline=True)
+def _product(
+    x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array, *, backend: str
+) -> jax.Array:
     layout, scales, planes = operands(layer)
-    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=requested_backend())
+    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend)
     return finish(y, x, bias)
 
 
@@ -96,7 +102,7 @@ def finish(y: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def _in_auto_mode(
-    sharding: Any, x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array
+    sharding: Any, x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array, backend: str
 ) -> jax.Array:
     """Under a mesh with explicit axes the result keeps the sharding of `x`'s leading dimensions."""
     spec: list[Any] = list(sharding.spec)
@@ -108,7 +114,8 @@ def _in_auto_mode(
         )
     # With its mesh, so that it also holds outside `jax.set_mesh`.
     out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*lead, None))
-    return jax.sharding.auto_axes(_product, out_sharding=out)(x, layer, bias, index)
+    product = functools.partial(_product, backend=backend)
+    return jax.sharding.auto_axes(product, out_sharding=out)(x, layer, bias, index)
 
 
 def _check_x(x: jax.Array, layer: MdCSR) -> None:
