@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -187,6 +189,16 @@ def test_special_tokens_are_added_as_the_tokenizer_says(tmp_path):
 def test_broken_files_are_named(tmp_path, files, message):
     with pytest.raises(CheckpointError, match=message):
         Tokenizer.from_directory(write(tmp_path, **files))
+
+
+def test_a_file_of_others_is_not_called_broken(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write(tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError, match=r"tokenizer\.json"):
+        Tokenizer.from_directory(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_says_how_to_make_one(tmp_path):

@@ -37,7 +37,8 @@ class Tokenizer:
         """Reads `tokenizer.json` and what lies beside it.
 
         Raises:
-            CheckpointError: if there is no `tokenizer.json`, or a file cannot be read, naming it.
+            CheckpointError: if there is no `tokenizer.json`, or a file is not what it should be, naming it.
+            OSError: if a file cannot be read.
             MissingDependencyError: if `tokenizers` is not installed.
         """
         directory = Path(directory)
@@ -53,8 +54,9 @@ class Tokenizer:
             raise MissingDependencyError(
                 'tokenizer: needs the package tokenizers; pip install "upg-jax[hf]"'
             ) from e
+        content = path.read_bytes()  # not by the package, whose errors tell no permission from bad JSON
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the package raises plain Exception
             raise CheckpointError(f"{path}: is not a tokenizer that the package tokenizers reads: {e}") from e
         config = _read_json(directory / "tokenizer_config.json")
