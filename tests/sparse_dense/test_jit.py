@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import jax
@@ -22,6 +23,17 @@ def test_argument_closure_and_partial_give_the_same_bits(one_backend):
     np.testing.assert_array_equal(jax.jit(sparse_dense)(x, layer), eager)
     np.testing.assert_array_equal(jax.jit(lambda x: sparse_dense(x, layer))(x), eager)
     np.testing.assert_array_equal(jax.jit(jax.jit(sparse_dense))(x, layer), eager)
+
+
+def test_outside_jit_a_product_is_one_program(one_backend, caplog):
+    first, other = Case("random", (9, 14)), Case("random", (8, 15))
+    bias = jnp.ones(8)
+    sparse_dense(first.x(2), first.layer)  # compiles what all single layers share
+    x, layer = other.x(2), other.layer
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        sparse_dense(x, layer, bias).block_until_ready()
+    compiled = [line for line in caplog.messages if line.startswith("Finished XLA compilation")]
+    assert len(compiled) == 1, compiled
 
 
 def test_numpy_planes_as_arguments_and_closed_over(one_backend):
