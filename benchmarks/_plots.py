@@ -22,15 +22,21 @@ def draw(rows: list[Row], folder: Path) -> dict[str, str]:
 
     written = {}
     for name, (title, plot) in PLOTS.items():
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         if plot(axes, rows):
             axes.set_title(title, fontsize="medium")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="x-small")
+            figure.legend(loc="outside right upper", fontsize="x-small")  # inside it would cover lines
             figure.savefig(folder / name, metadata={"Date": None})
             written[name] = title
         pyplot.close(figure)
     return written
+
+
+def _tick(axes: Any, measured: set[int]) -> None:
+    """Names what was measured on a logarithmic axis, instead of powers of ten."""
+    axes.set_xticks(sorted(measured), labels=[f"{n:,}" for n in sorted(measured)])
+    axes.set_xticks([], minor=True)
 
 
 def _by_density(batch: int) -> Any:
@@ -87,6 +93,7 @@ def _rows_scaling(axes: Any, rows: list[Row]) -> bool:
             axes.plot(*zip(*points, strict=True), "o-", label=f"{name}, {density}", markersize=4)
             drawn = True
     axes.set(xlabel="rows (of 5120 columns, batch 1)", ylabel="ns an entry", xscale="log")
+    _tick(axes, {row["case"]["rows"] for row in of_topic(rows, "rows")})
     return drawn
 
 
@@ -110,6 +117,7 @@ def _batch_scaling(axes: Any, rows: list[Row]) -> bool:
                 axes.plot(*zip(*points, strict=True), style, label=f"{label}, {density}", markersize=4)
                 drawn = True
     axes.set(xlabel="batch", ylabel="ms a vector", xscale="log", yscale="log")
+    _tick(axes, {row["case"]["batch"] for row in of_topic(rows, "product", rows=5120, columns=5120)})
     return drawn
 
 
