@@ -62,7 +62,7 @@ struct Tail {
 // prefix sums by shuffles or multiplication measured slower. What limits them on the prime manifold is loads, of which
 // one word makes fewer than eight bytes do; on the unit manifold it is instructions, and shifting a word takes more.
 template <bool kPrime>
-inline void columns_of(const std::uint8_t* deltas, size_t column, size_t* c) {
+UPG_INLINE void columns_of(const std::uint8_t* deltas, size_t column, size_t* c) {
   if constexpr (kPrime) {
     std::uint64_t word;
     __builtin_memcpy(&word, deltas, sizeof word);
@@ -82,7 +82,7 @@ inline void columns_of(const std::uint8_t* deltas, size_t column, size_t* c) {
 
 // Exact: |q * P[k]| < 2**24.
 template <class Isa, bool kPrime>
-inline typename Isa::Eight levels_of(const std::int8_t* q, const std::uint16_t* k) {
+UPG_INLINE typename Isa::Eight levels_of(const std::int8_t* q, const std::uint16_t* k) {
   const typename Isa::Eight values = Isa::from_int8(q);
   if constexpr (kPrime) return Isa::multiply(values, Isa::primes(k));
   return values;

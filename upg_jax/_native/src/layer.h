@@ -8,6 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// For what an inner loop does at every entry: a call of `gather` takes a product twice its time.
+#define UPG_INLINE __attribute__((always_inline)) inline
+
 namespace upg {
 
 using std::size_t;

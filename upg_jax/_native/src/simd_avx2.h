@@ -32,11 +32,11 @@ struct Avx2 {
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
-  static Eight from_int8(const std::int8_t* q) {
+  UPG_INLINE static Eight from_int8(const std::int8_t* q) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   }
-  static Eight primes(const std::uint16_t* k) {
+  UPG_INLINE static Eight primes(const std::uint16_t* k) {
     const std::uint16_t* table = kPrimeLowHalves;
     __m128i low = _mm_cvtsi32_si128(table[k[0]]);
     low = _mm_insert_epi16(low, table[k[1]], 1);
@@ -63,13 +63,13 @@ struct Avx2 {
     return column + static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm_sad_epu8(bytes, _mm_setzero_si128())));
   }
   // Eight loads, not a gather instruction: twice as fast on Zen 4, and Intel's is slow where Downfall is mitigated.
-  static Eight gather(const float* x, const size_t* c) {
+  UPG_INLINE static Eight gather(const float* x, const size_t* c) {
     return _mm256_set_m128(gather_four(x, c + 4), gather_four(x, c));
   }
-  static Eight from_half(const std::uint16_t* h) {
+  UPG_INLINE static Eight from_half(const std::uint16_t* h) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h)));
   }
-  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+  UPG_INLINE static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
     for (size_t i = 0; i < 64; i += 8) {
       const std::uint8_t* places = kExpansion[bits >> i & 255];
       const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
@@ -110,7 +110,7 @@ struct Avx2 {
   static Wide wide_multiply_add(Wide a, Wide b, Wide c) { return multiply_add(a, b, c); }
 
  private:
-  static __m128 gather_four(const float* x, const size_t* c) {
+  UPG_INLINE static __m128 gather_four(const float* x, const size_t* c) {
     __m128 v = _mm_load_ss(x + c[0]);
     v = _mm_insert_ps(v, _mm_load_ss(x + c[1]), 0x10);
     v = _mm_insert_ps(v, _mm_load_ss(x + c[2]), 0x20);

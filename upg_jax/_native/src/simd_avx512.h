@@ -23,7 +23,7 @@ struct Sixteen {
   static Eight add(Eight a, Eight b) { return _mm512_add_ps(a, b); }
   static Eight broadcast(float x) { return _mm512_set1_ps(x); }
   static float sum(Eight v) { return _mm512_reduce_add_ps(v); }
-  static Eight from_int8(const std::int8_t* q) {
+  UPG_INLINE static Eight from_int8(const std::int8_t* q) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
   }
 };
@@ -36,7 +36,7 @@ struct Avx512 : Avx2 {
   static constexpr size_t kSums = 16;
 
   // The columns of bits, the first of which stands for `first`; writes whole groups of eight.
-  static size_t columns_of_bits(std::uint64_t bits, size_t first, std::uint32_t* columns) {
+  UPG_INLINE static size_t columns_of_bits(std::uint64_t bits, size_t first, std::uint32_t* columns) {
     const __m256i step = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     size_t n = 0;
     for (size_t i = 0; i < 64; i += 8) {

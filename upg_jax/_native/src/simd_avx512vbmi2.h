@@ -9,7 +9,7 @@ namespace {
 struct Avx512Vbmi2 : Avx512 {
   static constexpr const char* kName = "avx512vbmi2";
 
-  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+  UPG_INLINE static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
     // Into zeros, and not the form that makes them: that one waits for the register's last value on Zen 4.
     __m512i zeros = _mm512_setzero_si512();
     asm("" : "+v"(zeros));

@@ -30,11 +30,11 @@ struct Neon {
   static Eight add(Eight a, Eight b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
   static Eight broadcast(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
   static float sum(Eight v) { return vaddvq_f32(vaddq_f32(v.low, v.high)); }
-  static Eight from_int8(const std::int8_t* q) {
+  UPG_INLINE static Eight from_int8(const std::int8_t* q) {
     const int16x8_t wide = vmovl_s8(vld1_s8(q));
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
   }
-  static Eight primes(const std::uint16_t* k) {
+  UPG_INLINE static Eight primes(const std::uint16_t* k) {
     const std::uint16_t* table = kPrimeLowHalves;
     uint16x8_t low = vld1q_dup_u16(table + k[0]);
     low = vld1q_lane_u16(table + k[1], low, 1);
@@ -60,12 +60,12 @@ struct Neon {
     vst1q_u32(columns + 4, vaddw_high_u16(start, sums));
     return column + vgetq_lane_u16(sums, 7);
   }
-  static Eight gather(const float* x, const size_t* c) { return {gather_four(x, c), gather_four(x, c + 4)}; }
-  static Eight from_half(const std::uint16_t* h) {
+  UPG_INLINE static Eight gather(const float* x, const size_t* c) { return {gather_four(x, c), gather_four(x, c + 4)}; }
+  UPG_INLINE static Eight from_half(const std::uint16_t* h) {
     const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(h));
     return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
   }
-  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+  UPG_INLINE static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
     for (size_t i = 0; i < 64; i += 8) {
       const int8x16_t eight = vcombine_s8(vld1_s8(values), vdup_n_s8(0));
       vst1_s8(out + i, vqtbl1_s8(eight, vld1_u8(kExpansion[bits >> i & 255])));
@@ -101,7 +101,7 @@ struct Neon {
   static Wide wide_multiply_add(Wide a, Wide b, Wide c) { return vfmaq_f32(c, a, b); }
 
  private:
-  static float32x4_t gather_four(const float* x, const size_t* c) {
+  UPG_INLINE static float32x4_t gather_four(const float* x, const size_t* c) {
     float32x4_t v = vld1q_dup_f32(x + c[0]);
     v = vld1q_lane_f32(x + c[1], v, 1);
     v = vld1q_lane_f32(x + c[2], v, 2);

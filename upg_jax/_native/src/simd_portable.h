@@ -51,13 +51,13 @@ struct Portable {
     return ((v.lane[0] + v.lane[4]) + (v.lane[1] + v.lane[5])) + ((v.lane[2] + v.lane[6]) + (v.lane[3] + v.lane[7]));
   }
   // Eight stored values as floats.
-  static Eight from_int8(const std::int8_t* q) {
+  UPG_INLINE static Eight from_int8(const std::int8_t* q) {
     Eight v;
     for (int i = 0; i < 8; ++i) v.lane[i] = static_cast<float>(q[i]);
     return v;
   }
   // The primes of eight indices as floats; any index is safe.
-  static Eight primes(const std::uint16_t* k) {
+  UPG_INLINE static Eight primes(const std::uint16_t* k) {
     Eight v;
     for (int i = 0; i < 8; ++i) {
       const std::int32_t high = k[i] >= kFirstPrimeAbove16Bits ? 65536 : 0;
@@ -70,18 +70,18 @@ struct Portable {
     for (int i = 0; i < 8; ++i) columns[i] = column += deltas[i];
     return column;
   }
-  static Eight gather(const float* x, const size_t* c) {
+  UPG_INLINE static Eight gather(const float* x, const size_t* c) {
     Eight v;
     for (int i = 0; i < 8; ++i) v.lane[i] = x[c[i]];
     return v;
   }
-  static Eight from_half(const std::uint16_t* h) {
+  UPG_INLINE static Eight from_half(const std::uint16_t* h) {
     Eight v;
     for (int i = 0; i < 8; ++i) v.lane[i] = float_from_half(h[i]);
     return v;
   }
   // Puts consecutive values where `bits` says: 64 bytes, 0 where there is no bit. Reads 64 values.
-  static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
+  UPG_INLINE static void expand(std::uint64_t bits, const std::int8_t* values, std::int8_t* out) {
     for (int i = 0; i < 64; ++i) {
       // Without a branch, which no processor could predict.
       const std::uint64_t bit = bits >> i & 1;
