@@ -42,6 +42,13 @@ def test_no_pair_is_nearer_than_the_one_found(products, rng):
     np.testing.assert_array_equal(found, nearest)
 
 
+def test_half_way_between_two_levels_the_smaller_is_taken(products):
+    levels = np.unique(products)
+    targets = (levels[1:] + levels[:-1]) / 2
+    q, k = nearest_levels(targets)
+    np.testing.assert_array_equal(products[q.astype(int), k], levels[:-1])
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.02])
 def test_gaussian_bfloat16_survivors_come_back_bit_for_bit(scale):
     w = (np.random.default_rng(7).standard_normal((4096, 1024)) * scale).astype(ml_dtypes.bfloat16)

@@ -70,9 +70,19 @@ def test_an_index_cannot_name_files_elsewhere(sharded, name):
         UPGDecompressor.from_safetensors(path)
 
 
-def test_shards_of_different_models_are_refused(sharded):
-    path = sharded(edit_second=lambda crafted: crafted.metadata.update(license="other"))
-    with pytest.raises(FormatError, match=r"b\.safetensors: all shards .* same metadata"):
+@pytest.mark.parametrize(
+    ("metadata", "differs"),
+    [
+        ({"license": "other"}, "other"),
+        ({"model": '{"model_type": "llama"}'}, "model"),
+        ({"provenance": '{"tool": "another"}'}, "provenance"),
+    ],
+)
+def test_shards_of_different_models_are_refused(sharded, metadata, differs):
+    path = sharded(edit_second=lambda crafted: crafted.metadata.update(metadata))
+    with pytest.raises(
+        FormatError, match=rf"b\.safetensors: all shards .* same metadata; its {differs} differs"
+    ):
         UPGDecompressor.from_safetensors(path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.layers import Case, gaps_matrix, stacked
 from jax.test_util import check_grads
-from oracle.mdcsr import decode_layer
+from oracle.mdcsr import decode_layer, primes
 
 from upg_jax import MdCSR, use_backend
 
@@ -29,6 +29,24 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_equal_the_oracle(case, kernels):
     np.testing.assert_array_equal(np.asarray(case.layer.to_dense(np.float32)), decode_layer(case.layer))
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["whole rows", "rows that leave the matrix"])
+def test_every_prime_index_names_its_prime_and_those_beyond_the_table_its_last(leaves, kernels):
+    """Entries before one outside the matrix are read one at a time, others eight at a time."""
+    inside = 4 if leaves else 8
+    k = np.arange(1 << 16).reshape(-1, inside)
+    deltas = np.tile(np.array([0, 1, 1, 1, 255, 0, 0, 0] if leaves else [0, *[1] * 7], np.uint8), (len(k), 1))
+    layer = MdCSR(
+        values=np.tile(np.array([1, -1, 127, -128, 1, 1, 1, 1], np.int8), len(k)),
+        delta_indices=deltas.reshape(-1),
+        prime_indices=np.pad(k, ((0, 0), (0, 8 - inside))).astype(np.uint16).reshape(-1),
+        scales=np.ones(len(k), np.float32),
+        row_pointers=np.arange(0, 8 * len(k) + 1, 8, dtype=np.uint32),
+        shape=(len(k), inside),
+    )
+    expected = layer.values.reshape(-1, 8)[:, :inside] * np.asarray(primes())[np.minimum(k, 9_999)]
+    np.testing.assert_array_equal(np.asarray(layer.to_dense(np.float32)), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
