@@ -29,7 +29,8 @@ from upg_jax._sparse_dense._primitive import operands
 
 SHAPES = ((35840, 5120), (5120, 5120), (5120, 17920), (7680, 5120))  # Phi-4's projections
 CACHE = 300 << 20  # bytes that copies of a matrix take together
-BATCHES = (1, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512)
+SMALL = (1536, 1536)
+BATCHES = (8, 16, 32, 48, 64, 128, 512)
 
 
 def planes(rows: int, columns: int, density: float, manifold: str, copies: int) -> MdCSR:
@@ -67,13 +68,14 @@ def planes(rows: int, columns: int, density: float, manifold: str, copies: int) 
 
 def microseconds(call: Callable[[], Any], products: int, repeats: int = 7) -> float:
     """Of one product: programs are dispatched while earlier ones run, so that only the GPU counts."""
-    jax.block_until_ready(call())
+    y = jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
         count = 1
         while True:
             start = time.perf_counter()
             for _ in range(count):
+                del y  # its memory serves the next result, so that graphs stay as they are
                 y = call()
             jax.block_until_ready(y)
             taken = time.perf_counter() - start
@@ -84,15 +86,17 @@ def microseconds(call: Callable[[], Any], products: int, repeats: int = 7) -> fl
     return statistics.median(times)
 
 
-def over_stack(f: Callable[..., jax.Array], copies: int) -> Callable[..., list[jax.Array]]:
-    """One program of a product with every copy. Each depends on the last one, as layers of a model do."""
+def over_stack(f: Callable[..., jax.Array], copies: int) -> Callable[..., jax.Array]:
+    """One program of a product with every copy. Each depends on the last one, as layers of a model do.
 
-    def program(x: jax.Array, stack: Any) -> list[jax.Array]:
-        found = []
+    It returns one number that depends on all: as many results would cost the host more than the GPU takes.
+    """
+
+    def program(x: jax.Array, stack: Any) -> jax.Array:
+        found = jnp.float32(0)
         for i in range(copies):
-            y = f(x, stack, i)
-            found.append(y)
-            x, _ = jax.lax.optimization_barrier((x, y))
+            x, y = jax.lax.optimization_barrier((x, f(x, stack, i)))
+            found += y.reshape(-1)[0].astype(jnp.float32)
         return found
 
     return jax.jit(program)
@@ -104,8 +108,9 @@ def sparse(algorithm: str) -> Callable[..., jax.Array]:
             y = sparse_dense(x, stack, index=i)
             return jax.nn.silu(y) if "silu" in algorithm else y
         layout, scales, arrays = operands(stack)
-        y = _cuda_lowering.sparse_dense(x, scales, jnp.int32(i), *arrays, layout=layout, algorithm=algorithm)
-        return y.astype(x.dtype)
+        return _cuda_lowering.sparse_dense(
+            x, scales, jnp.int32(i), *arrays, layout=layout, algorithm=algorithm, dtype=str(x.dtype)
+        )
 
     return f
 
@@ -134,11 +139,11 @@ def graph_of_torch(f: Callable[[int], Any], copies: int) -> float:
 
 
 def cublas(rows: int, columns: int, batch: int) -> Iterator[dict[str, Any]]:
-    """Dense bfloat16 by jitted JAX, alone and with what may fuse behind it, and by torch."""
+    """Dense bfloat16 by jitted JAX, alone and for one vector with what may fuse behind it, and by torch."""
     copies = max(2, min(24, -(-CACHE // (2 * rows * columns))))
     stack = [jax.random.normal(jax.random.key(i), (rows, columns), jnp.bfloat16) for i in range(copies)]
     x = jax.random.normal(jax.random.key(9), (batch, columns), jnp.bfloat16)
-    for then, act in (("", lambda y: y), (", then silu", jax.nn.silu)):
+    for then, act in (("", lambda y: y), (", then silu", jax.nn.silu))[: 2 if batch == 1 else 1]:
         call = over_stack(lambda x, s, i, act=act: act(x @ s[i].T), copies)
         taken = microseconds(functools.partial(call, x, stack), copies)
         yield {"contender": f"cuBLAS bf16 (jax){then}", "microseconds": taken}
@@ -215,20 +220,59 @@ def product(quick: bool) -> Iterator[dict[str, Any]]:
             yield {**case, **row}
         for density in (0.1, 0.5):
             yield {**case, **cusparse(rows, columns, density)}
-            if rows * columns < 60_000_000:
-                yield {**case, **bcsr(rows, columns, density)}
         for density, manifold in itertools.product((0.1, 0.5), ("unit", "prime")):
             yield from of_layer(case, density, manifold, (1,), ("auto", "auto, then silu"), bandwidth)
 
 
 def batches(quick: bool) -> Iterator[dict[str, Any]]:
-    for rows, columns in SHAPES[1:2] if quick else SHAPES[:3]:
+    for rows, columns in SHAPES[1:2] if quick else (*SHAPES[:3], SMALL):
         case = {"topic": "batches", "rows": rows, "columns": columns}
         for batch in BATCHES:
             for row in cublas(rows, columns, batch):
                 yield {**case, "batch": batch, **row}
-        for density in (0.1, 0.5) if quick else (0.1, 0.25, 0.5):
-            yield from of_layer(case, density, "unit", BATCHES, ("sparse", "dense"), None)
+        for density, manifold in (
+            (0.1, "unit"),
+            (0.25, "unit"),
+            (0.5, "unit"),
+            (0.1, "prime"),
+            (0.5, "prime"),
+        ):
+            yield from of_layer(case, density, manifold, BATCHES, ("sparse", "dense"), None)
+
+
+def others(quick: bool) -> Iterator[dict[str, Any]]:
+    """`g @ W` for one vector and for eight, decoding to dense, and what `jax.experimental.sparse` takes."""
+    rows, columns = SHAPES[1]
+    for density in (0.1, 0.5):
+        yield {
+            "topic": "product",
+            "rows": rows,
+            "columns": columns,
+            "batch": 1,
+            **bcsr(rows, columns, density),
+        }
+    for (rows, columns), density, manifold in itertools.product(SHAPES[:2], (0.1, 0.5), ("unit", "prime")):
+        copies = 3
+        stack = planes(rows, columns, density, manifold, copies)
+        case = {"rows": rows, "columns": columns, "density": density, "manifold": manifold}
+        for batch, algorithm in itertools.product((1,) if quick else (1, 8), ("sparse", "dense")):
+            g = jax.random.normal(jax.random.key(9), (batch, rows))
+            call = functools.partial(over_stack(transposed(algorithm), copies), g, stack)
+            taken = microseconds(call, copies)
+            yield {"topic": "g @ W", **case, "batch": batch, "contender": algorithm, "microseconds": taken}
+        for dtype in ("bfloat16", "float32"):
+            call = functools.partial(jax.jit(lambda layers, dtype=dtype: layers.to_dense(dtype)), stack)
+            yield {"topic": "decode", **case, "dtype": dtype, "microseconds": microseconds(call, copies)}
+
+
+def transposed(algorithm: str) -> Callable[..., jax.Array]:
+    def f(g: jax.Array, stack: MdCSR, i: int) -> jax.Array:
+        layout, scales, arrays = operands(stack)
+        return _cuda_lowering.dense_sparse(
+            g, scales, jnp.int32(i), *arrays, layout=layout, algorithm=algorithm
+        )
+
+    return f
 
 
 def of_layer(
@@ -242,9 +286,9 @@ def of_layer(
     read = sum(a.nbytes for a in jax.tree.leaves(stack)) / copies
     for batch, dtype, algorithm in itertools.product(counts, ("bfloat16", "float32"), algorithms):
         if len(counts) > 1 and (
-            (algorithm == "sparse" and batch > 128) or (dtype == "float32" and batch > 128)
+            (algorithm == "sparse" and batch > 128) or (manifold == "prime" and dtype == "float32")
         ):
-            continue  # far beyond where the two meet
+            continue  # far beyond where the two meet; and no other than with bfloat16
         x = jax.random.normal(jax.random.key(9), (batch, columns), dtype)
         used = min(copies, 24 if batch == 1 else 4)
         call = over_stack(sparse(algorithm), used)
@@ -266,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    topics = {"product": product, "batches": batches}
+    topics = {"product": product, "batches": batches, "others": others}
     parser.add_argument("--out", type=Path, default=Path("nvidia.jsonl"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--topics", nargs="+", choices=list(topics), default=list(topics))

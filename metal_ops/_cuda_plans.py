@@ -19,45 +19,58 @@ _TABLE_BYTES = 4 * 10_000
 _MULTIPROCESSORS = 132
 # The driver keeps 1 KiB of each resident threadgroup's shared memory.
 _RESERVED = 1 << 10
+# Bytes of their columns are counted in 32 bits.
+_MOST_TILED_COLUMNS = 1 << 25
 _LONG_ROW = 1024
+# Few enough for the registers that it takes.
+_TILED_THREADS = {"unit": 640, "prime": 512}
 _LEVELS_SIMDGROUPS = 4
 _LEVELS_TILE = 2048
 
 
 @functools.lru_cache(maxsize=4096)
-def stream_plan(work: Work, shared_memory: int) -> Plan | None:
+def stream_plan(work: Work, shared_memory: int, *, rounded: bool = False) -> Plan | None:
     """Plans a product by `sparse_matvec_stream`.
 
     Args:
         work: what is computed; `operation` is `"product"`.
         shared_memory: bytes that a threadgroup may have.
+        rounded: whether the result is wanted in `work.dtype`. Where it has parts, they stay float32.
 
     Returns:
         None where not even one vector fits in shared memory.
     """
+    most = 16 if work.dtype != "float32" else 8  # 32 bytes of a column
     vectors = next((v for v in (1, 2, 4, 8, 16) if v >= work.vectors), 16)
-    while vectors and sum(_memory(work, vectors).values()) > shared_memory:
-        vectors //= 2
-    if vectors == 0:
+    vectors = min(vectors, most)
+    tile = _tile(work, vectors, shared_memory)
+    if tile == 0:
         return None
-    memory = _memory(work, vectors)
+    parts = _ceil(work.columns, tile)
+    memory = _memory(work, vectors, tile + (parts > 1))
     together = 2 * (sum(memory.values()) + _RESERVED) <= shared_memory + _RESERVED
     long = work.capacity >= _LONG_ROW * work.rows
     if vectors == 1 and together:
         threads, resident = (640, 2) if work.manifold == "unit" or long else (1024, 1)
+    elif parts > 1:
+        threads, resident = _TILED_THREADS[work.manifold], 1
     else:
         threads, resident = _fitting_threads(work.rows), 1
-    words = 4 if vectors <= 4 and long else 2
+    words = 4 if (vectors <= 4 or (parts > 1 and work.manifold == "unit")) and long else 2
     if work.manifold == "prime" and vectors == 1 and words == 4:
-        # Twice the registers: pays where there are rows enough for fewer simdgroups.
-        threads, resident, words = (
-            (1024, 1, 4) if work.rows >= 3 * 32 * _MULTIPROCESSORS else (threads, resident, 2)
-        )
-    source = load_source(STREAM_KERNEL, {"BATCH_WORDS": words, "VECTORS": vectors})
+        threads, resident = 640, 1  # for twice the registers
+    rounded = rounded and parts == 1 and work.dtype != "float32"
+    macros = {"BATCH_WORDS": words, "VECTORS": vectors}
+    macros |= {name: 1 for name, wanted in (("TILED", parts > 1), ("ROUNDED", rounded)) if wanted}
+    if vectors > 1 or words > 2:  # what takes few registers is compiled better without
+        macros["MAX_THREADS"] = threads
     # Every threadgroup stages x: no more of them than have a row each.
-    grid = (_ceil(work.rows, threads // _SIMD_WIDTH), _ceil(work.vectors, vectors), work.groups)
+    wide = _ceil(work.rows, threads // _SIMD_WIDTH)
+    if parts > 1:
+        wide = min(wide, max(_MULTIPROCESSORS // parts, 1))
+    grid = (wide, _ceil(work.vectors, vectors) * parts, work.groups)
     step = Step(
-        source,
+        load_source(STREAM_KERNEL, macros),
         _host_name(STREAM_KERNEL, work),
         _names(STREAM_KERNEL),
         grid,
@@ -65,8 +78,16 @@ def stream_plan(work: Work, shared_memory: int) -> Plan | None:
         memory,
         resident,
     )
-    why = f"{vectors} of {work.vectors} vectors at a time fit in shared memory"
-    return Plan(work, (step,) if 0 not in grid else (), _parameters(work), 0, why)
+    why = f"{vectors} of {work.vectors} vectors at a time, {tile} of {work.columns} columns, fit in shared memory"
+    return Plan(
+        work,
+        (step,) if 0 not in grid else (),
+        dataclasses.replace(_parameters(work), tile=tile, parts=parts),
+        0,
+        why,
+        work.dtype if rounded else "float32",
+        parts,
+    )
 
 
 def levels_plan(work: Work) -> Plan:
@@ -80,14 +101,32 @@ def levels_plan(work: Work) -> Plan:
     )  # fmt: skip
     parameters = dataclasses.replace(_parameters(work), tile=max(tile, 2))
     return Plan(
-        work, (step,) if 0 not in (*grid, work.columns) else (), parameters, 0, "a dense product is faster"
+        *(
+            work,
+            (step,) if 0 not in (*grid, work.columns) else (),
+            parameters,
+            0,
+            "a dense product is faster",
+        ),
+        result=work.dtype,
     )
 
 
-def _memory(work: Work, vectors: int) -> dict[int, int]:
-    """Threadgroup memory: the vectors, as float32 when alone, and the primes."""
+def _tile(work: Work, vectors: int, shared_memory: int) -> int:
+    """How many columns are staged at a time: all, or a part of more vectors than one, or none at all."""
+    if sum(_memory(work, vectors, work.columns).values()) <= shared_memory:
+        return work.columns
+    if vectors == 1 or work.columns >= _MOST_TILED_COLUMNS:
+        return 0
+    left = shared_memory - sum(_memory(work, vectors, 0).values())
+    most = left // (_memory(work, vectors, 1024)[0] // 1024) - 1
+    return _ceil(work.columns, _ceil(work.columns, most)) if most > 0 else 0
+
+
+def _memory(work: Work, vectors: int, columns: int) -> dict[int, int]:
+    """Threadgroup memory: columns of the vectors, as float32 when alone, and the primes."""
     size = 4 if vectors == 1 or work.dtype == "float32" else 2
-    staged = work.columns * vectors * size
+    staged = columns * vectors * size
     return {0: max(staged + -staged % 16, 16), 1: _TABLE_BYTES if work.manifold == "prime" else 16}
 
 

@@ -24,8 +24,9 @@ class Parameters:
         layers: layers in the stack; 1 for a single layer.
         vectors: vectors of each group.
         groups: groups of vectors, each with its layer of the stack.
-        tile: floats of threadgroup memory for each threadgroup (`sparse_matvec_shared`) or simdgroup (`mdcsr_decode`).
-        parts: parts that `dense_sparse` cuts the rows into.
+        tile: floats of threadgroup memory for each threadgroup (`sparse_matvec_shared`) or simdgroup (`mdcsr_decode`);
+            columns of a tile (`sparse_matvec_stream`).
+        parts: parts that `dense_sparse` cuts the rows into, and `sparse_matvec_stream` the columns.
         has_bias: 1 where the bias is added.
     """
 

@@ -108,6 +108,8 @@ class Plan:
         parameters: what every kernel takes.
         scratch: bytes of device memory between the steps.
         why: the reason for the kernel.
+        result: dtype of `y`.
+        parts: where not 1, `y` has a leading axis of so many parts, which add up to the product.
     """
 
     work: Work
@@ -115,6 +117,8 @@ class Plan:
     parameters: Parameters
     scratch: int
     why: str
+    result: str = "float32"
+    parts: int = 1
 
     @functools.cached_property
     def _constants(self) -> dict[int, bytes]:
@@ -140,7 +144,8 @@ class Plan:
 
         Args:
             memory: row-major arrays by name: `x`, `values`, `deltas`, `scales`, `row_pointers`, `index` (int32, a
-                layer for each group), `y` (float32), and on the prime manifold `prime_table` and `prime_indices`.
+                layer for each group), `y` (of dtype `result`), and on the prime manifold `prime_table` and
+                `prime_indices`.
         """
         every: dict[str, Memory | Scratch] = {**memory, "sums": Scratch(self.scratch)}
         # What a kernel takes and does not read in this case must still be bound to something.

@@ -61,7 +61,8 @@ def load_source(name_or_path: str | os.PathLike[str], macros: Mapping[str, objec
 
     Args:
         name_or_path: name of a kernel file of this package such as `"sparse_matvec_simd"`, or a path.
-        macros: defined ahead of the file. Kernels give their own macros defaults by `#ifndef`.
+        macros: defined ahead of the file. Kernels give their own macros defaults by `#ifndef`. On NVIDIA GPUs
+            `MAX_THREADS` bounds the threads of a threadgroup, so that the compiler leaves registers for so many.
 
     Returns:
         The source. Each included file appears once, where it is included first.

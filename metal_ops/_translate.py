@@ -125,12 +125,13 @@ def _cuda(parsed: Parsed, body: str) -> str:
     for signature in parsed.signatures.values():
         base = signature.function.split("<")[0]
         function = signature.function if base in templates else f"{base}_body"
-        lines.append(_cuda_entry(signature, function))
+        lines.append(_cuda_entry(signature, function, parsed.source.macros.get("MAX_THREADS")))
     return "\n".join(lines) + "\n"
 
 
-def _cuda_entry(signature: Signature, function: str) -> str:
+def _cuda_entry(signature: Signature, function: str, max_threads: str | None) -> str:
     """Buffers in order of their indices, then the byte offsets of the pieces of threadgroup memory."""
+    bounds = f"__launch_bounds__({max_threads}) " if max_threads else ""
     place = {id(p): n for n, p in enumerate(signature.parameters)}
     types = f"msl::Types<decltype({function})>"
     taken = []
@@ -155,6 +156,6 @@ def _cuda_entry(signature: Signature, function: str) -> str:
         else ""
     )
     return (
-        f'extern "C" __global__ void {signature.name}({", ".join(taken)}) '
+        f'extern "C" __global__ void {bounds}{signature.name}({", ".join(taken)}) '
         f"{{ {shared}{function}({', '.join(given)}); }}"
     )

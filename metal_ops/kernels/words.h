@@ -118,3 +118,12 @@ static inline void write_words(thread const uint* from, threadgroup uchar* to) {
 static inline uint bits_of(float x) { return as_type<uint>(x); }
 static inline uint bits_of(half x) { return as_type<ushort>(x); }
 static inline uint bits_of(ushort x) { return x; }
+
+// To the nearest, ties to even.
+static inline void write_rounded(float y, device float* to) { *to = y; }
+static inline void write_rounded(float y, device half* to) { *to = half(y); }
+static inline void write_rounded(float y, device ushort* to) {
+    uint bits = as_type<uint>(y);
+    bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    *to = ushort((is_nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}

@@ -7,12 +7,15 @@ import re
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from helpers.backends import needs_four_devices
 from helpers.layers import Case
 from helpers.versions import needs
 
 import metal_ops
 from upg_jax import BackendError, _cuda, pack, shard, sparse_dense, stack, use_backend
+from upg_jax._sparse_dense import _cuda_lowering
 
 pytestmark = pytest.mark.skipif(
     _cuda.unavailable_reason() is not None, reason=f"cuda: {_cuda.unavailable_reason()}"
@@ -37,9 +40,26 @@ def test_products_of_few_vectors_are_one_call(case, dtype, batch, vectors):
     (name,) = kernels(text)
     file, macros, kernel = name.split("/")
     assert file == "sparse_matvec_stream"
-    assert f"VECTORS={vectors}" in macros.split(",")
+    assert f"VECTORS={min(vectors, 8) if dtype == 'float32' else vectors}" in macros.split(",")
     assert kernel == f"sparse_matvec_stream_{case.manifold}_{dtype}"
     assert f"tensor<1x{case.layer.values.shape[0]}xi8>" in text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_results_are_rounded_by_the_kernel_unless_something_is_added(dtype):
+    x, bias = jnp.ones((2, 67), dtype), jnp.ones(33, dtype)
+    text = program(sparse_dense, x, PRIME.layer)
+    assert "ROUNDED=1" in text
+    assert "stablehlo.convert" not in text
+    assert "ROUNDED" not in program(sparse_dense, x, PRIME.layer, bias)
+    derivative = jax.jvp(lambda x: sparse_dense(x, PRIME.layer), (x,), (x,))[1]
+    assert derivative.dtype == dtype
+
+
+def test_vectors_that_do_not_fit_in_shared_memory_are_taken_in_tiles_of_columns():
+    layer = Case("last_column", (3, 20_000)).layer
+    (name,) = kernels(program(sparse_dense, jnp.ones((9, 20_000), "bfloat16"), layer))
+    assert set(name.split("/")[1].split(",")) >= {"TILED=1", "VECTORS=16"}
 
 
 def test_a_layer_of_a_stack_is_read_in_place():
@@ -65,10 +85,27 @@ def test_many_vectors_multiply_dense_levels_that_are_exact(case, dtype):
     assert product.rstrip().split("->")[1].count("f32") == 1
 
 
+def test_float32_vectors_meet_narrow_levels_as_three_bfloat16_ones():
+    text = program(sparse_dense, jnp.ones((512, 67)), UNIT.layer)
+    assert [name.split("/")[2] for name in kernels(text)] == ["mdcsr_levels_unit_bfloat16"]
+    assert "tensor<1x1536x67xbf16>" in text
+    x = jax.random.normal(jax.random.key(0), (1, 5, 67)) * jnp.logspace(-20, 12, 5)[None, :, None]
+    parts = _cuda_lowering._three_parts(x)
+    assert {part.dtype for part in parts} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in parts), x)
+
+
+def test_groups_that_share_a_layer_scatter_their_gradients():
+    layers = stack([UNIT.layer] * 2)
+    text = program(lambda g, i: jax.vjp(lambda x: sparse_dense(x, layers, index=i), jnp.ones((3, 67)))[1](g),
+                   jnp.ones((3, 33)), jnp.array([0, 1, 1]))  # fmt: skip
+    assert kernels(text)[0].split("/")[2] == "dense_sparse_unit_float32"
+
+
 def test_gradients_and_decoding_have_kernels_of_their_own():
     x = jnp.ones(67)
     text = program(jax.grad(lambda x, layer: sparse_dense(x, layer).sum()), x, UNIT.layer)
-    assert next(k.split("/")[2] for k in kernels(text)) == "dense_sparse_unit_float32"
+    assert next(k.split("/")[2] for k in kernels(text)) == "mdcsr_levels_unit_bfloat16"
     text = program(lambda layer: layer.to_dense(), PRIME.layer)
     assert [k.split("/")[2] for k in kernels(text)] == ["mdcsr_decode_prime"]
 
@@ -79,6 +116,7 @@ def test_columns_beyond_shared_memory_take_the_kernel_that_stages_nothing():
     assert name.split("/")[0] == "sparse_matvec_simd"
 
 
+@needs_four_devices
 @needs("shard_map")
 @pytest.mark.parametrize(("dim", "block"), [("out", (9, 67)), ("in", (33, 17))])
 @pytest.mark.parametrize(("batch", "kernel"), [(1, "sparse_matvec_stream"), (100, "mdcsr_levels")])

@@ -35,6 +35,17 @@ def test_products_are_within_the_bound(batch, manifold, dtype):
     assert_within_bound(y, lambda x, w: x @ w.T, x, w, terms=1002, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("manifold", ["unit", "prime"])
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_products_of_many_columns_are_within_the_bound(batch, manifold, dtype):
+    case = Case("random", (70, 20_000), manifold)
+    x = jax.random.normal(jax.random.key(batch), (batch, 20_000), dtype)
+    y = jax.jit(sparse_dense)(x, case.layer)
+    w = np.asarray(case.layer.to_dense(jnp.float32), np.float64)
+    assert_within_bound(y, lambda x, w: x @ w.T, x, w, terms=20_002, dtype=dtype)
+
+
 @pytest.mark.parametrize("manifold", ["unit", "prime"])
 def test_decoded_weights_are_the_reference_s_bits(manifold):
     layer = Case("random", (300, 1000), manifold).layer

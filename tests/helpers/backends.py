@@ -13,6 +13,10 @@ import pytest
 
 from upg_jax._sparse_dense import BACKENDS, unavailable_reason
 
+ON_A_GPU = "cuda" in os.environ.get("JAX_PLATFORMS", "")
+needs_four_devices = pytest.mark.skipif("__import__('jax').device_count() < 4", reason="needs four devices")
+same_bits = pytest.mark.skipif(ON_A_GPU, reason="programs for GPUs add in an order of their own")
+
 _FORCED = os.environ.get("UPG_JAX_BACKEND")
 _NAMES = (
     [_FORCED] if _FORCED in BACKENDS else [b for b in BACKENDS if b != "metal" or sys.platform == "darwin"]

@@ -44,15 +44,20 @@ def launch(
     return result
 
 
-def product(planes: metal.Planes, x: np.ndarray, index, **settings) -> np.ndarray:
+def product(
+    planes: metal.Planes, x: np.ndarray, index, *, memory=227 << 10, rounded=False, **settings
+) -> np.ndarray:
     groups, vectors, columns = x.shape
     work = metal_ops.Work(
         operation="product", rows=planes.shape[0], columns=columns, capacity=planes.values.shape[1],
         layers=len(planes.values), groups=groups, vectors=vectors, manifold=planes.manifold, dtype=x.dtype.name,
     )  # fmt: skip
-    plan = metal_ops.stream_plan(work, 227 << 10)
-    y = metal.aligned(np.full((groups, vectors, planes.shape[0]), np.nan, np.float32))
-    return launch(plan, planes, y, {0: metal.bits(x), 7: np.asarray(index, np.int32)}, **settings)
+    plan = metal_ops.stream_plan(work, memory, rounded=rounded)
+    shape = (plan.parts, groups, vectors, planes.shape[0])
+    y = metal.aligned(np.full(shape, np.nan, DTYPES[plan.result]))
+    raw = y.view(np.uint16) if y.dtype.name == "bfloat16" else y
+    launch(plan, planes, raw, {0: metal.bits(x), 7: np.asarray(index, np.int32)}, **settings)
+    return y[0] if plan.parts == 1 else y.sum(axis=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,6 +67,37 @@ def test_products_equal_the_oracle(case, vectors, dtype, rng):
     planes = metal.Planes.of(case.layer)
     x = rng.standard_normal((1, vectors, planes.shape[1])).astype(DTYPES[dtype])
     y = product(planes, x, [0])
+    w = np.asarray(oracle.decode_layer(case.layer), np.float64)
+    assert_within_bound(y[0], lambda x, w: x @ w.T, x[0], w, terms=planes.shape[1] + 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_rounded_results_are_the_float32_ones_rounded_once(vectors, dtype, rng):
+    planes = metal.Planes.of(CASES[0].layer)
+    x = rng.standard_normal((1, vectors, planes.shape[1])).astype(DTYPES[dtype])
+    x[0, 1:2] *= np.finfo(dtype).max / 200 if dtype == "float16" else 1e36  # some overflow when rounded
+    x[0, 2:3, 5] = np.nan
+    exact, rounded = (product(planes, x, [0], rounded=wanted) for wanted in (False, True))
+    assert rounded.dtype == x.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = exact.astype(x.dtype)
+    np.testing.assert_array_equal(rounded.astype(np.float32), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vectors", "columns"), [(2, 1), (3, 5), (17, 30)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tiles_of_columns_add_up_to_the_product(case, vectors, columns, dtype, rng):
+    planes = metal.Planes.of(case.layer)
+    x = rng.standard_normal((1, vectors, planes.shape[1])).astype(DTYPES[dtype])
+    at_once = (
+        {2: 2, 3: 4, 17: 32 // x.itemsize}[vectors] if dtype != "float32" else min(vectors + vectors % 2, 8)
+    )
+    memory = 48 + (columns + 1) * at_once * x.itemsize
+    memory += 40_000 if planes.manifold == "prime" else 0
+    y = product(planes, x, [0], memory=memory, rounded=True)
+    assert y.dtype == np.float32
     w = np.asarray(oracle.decode_layer(case.layer), np.float64)
     assert_within_bound(y[0], lambda x, w: x @ w.T, x[0], w, terms=planes.shape[1] + 2)
 
@@ -81,9 +117,9 @@ def test_groups_name_their_layers_and_no_order_of_lanes_matters(order, rng):
 @pytest.mark.parametrize(
     "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
 )
-@pytest.mark.parametrize("vectors", [1, 5])
+@pytest.mark.parametrize(("vectors", "memory"), [(1, 227 << 10), (5, 227 << 10), (5, 43_000)])
 @pytest.mark.parametrize("manifold", metal.MANIFOLDS)
-def test_planes_of_any_content_stay_inside_the_buffers(manifold, vectors, seed, sanitize):
+def test_planes_of_any_content_stay_inside_the_buffers(manifold, vectors, memory, seed, sanitize):
     rng = np.random.default_rng(seed)
     rows, columns, capacity = 9, 300, 403
     pointers = np.where(
@@ -98,7 +134,8 @@ def test_planes_of_any_content_stay_inside_the_buffers(manifold, vectors, seed, 
         (rows, columns),
     )
     x = rng.standard_normal((1, vectors, columns)).astype(np.float32)
-    ours = product(planes, x, [0], sanitize=sanitize)
+    memory -= 40_000 if manifold == "unit" and memory < 1 << 16 else 0
+    ours = product(planes, x, [0], memory=memory, sanitize=sanitize)
     others = metal.product("sparse_matvec", planes, x)
     # Both read what row pointers and deltas of any content mean; 2**24 * 128 bounds every level.
     magnitude = metal.product(

@@ -7,6 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.backends import same_bits
 from helpers.layers import Case
 
 from upg_jax import MdCSR, sparse_dense, stack, use_backend
@@ -45,6 +46,7 @@ def test_round_trip_with_the_layer_closed_over():
         np.testing.assert_array_equal(restored.call(CASE.x(3)), sparse_dense(CASE.x(3), CASE.layer))
 
 
+@same_bits
 def test_gradients_of_a_restored_program():
     with use_backend("reference"):
         exported = jax.export.export(jax.jit(lambda x: sparse_dense(x, CASE.layer)))(CASE.x(3))

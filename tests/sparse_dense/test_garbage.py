@@ -65,7 +65,11 @@ def test_structurally_sound_garbage_means_what_the_format_says(manifold, seed, b
     y, x_bar = both(x, layer, g)
     levels = positive_and_negative_levels(layer)
     operands = (*levels, layer.scales)
+    if backend == "cuda" and manifold == "unit":  # dense levels keep 8 bits of a sum (docs/nvidia.md)
+        kept = sum(levels).astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+        levels = [kept.view(np.float32), np.zeros_like(levels[0])]
     assert_within_bound(y, lambda x, p, n, s: x @ (p + n).T * s, x, *operands, terms=ENTRIES + 4)
+    operands = (*levels, layer.scales)
     assert_within_bound(x_bar, lambda g, p, n, s: (g * s) @ (p + n), g, *operands, terms=ENTRIES + 4)
 
 

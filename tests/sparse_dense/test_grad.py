@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.backends import same_bits
 from helpers.bounds import EPS, assert_within_bound, exact
 from helpers.layers import Case, each_case, each_float32_case
 
@@ -87,6 +88,7 @@ def test_gradients_without_rows_columns_or_vectors(shape, lead, backend):
     np.testing.assert_array_equal(scales_bar, np.zeros(shape[0], np.float32))
 
 
+@same_bits
 def test_gradient_of_a_layer_goes_through_partition():
     case = Case("random", (7, 13), "prime")
     params, rest = partition(case.layer)
@@ -111,6 +113,7 @@ def test_gradient_of_x_alone_does_not_compute_that_of_scales():
     assert jaxpr.count("dense_sparse[") == 1
 
 
+@same_bits
 @pytest.mark.parametrize("policy", [None, "nothing_saveable", "dots_saveable"])
 def test_checkpoint_gives_the_same_gradients(policy, one_backend):
     case = Case("random", (7, 7), "prime")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.backends import needs_four_devices
 from helpers.bounds import assert_within_bound
 from helpers.layers import Case, stacked
 from helpers.versions import needs
@@ -15,6 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from upg_jax import combine, partition, sparse_dense
+
+pytestmark = needs_four_devices
 
 CASE = Case("random", (7, 13), "prime")
 X, CT = CASE.x(8, 2), CASE.cotangent(8, 2)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.backends import needs_four_devices
 from helpers.bounds import assert_within_bound
 from helpers.layers import Case, stacked
 from helpers.versions import needs
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from upg_jax import combine, partition, sparse_dense
 
-pytestmark = needs("shard_map")
+pytestmark = [needs("shard_map"), needs_four_devices]
 
 DEVICES = 4
 # One block of the matrix per device, among them an empty one; each block's planes end in other padding.

@@ -80,7 +80,8 @@ def _product(
     x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array, *, backend: str
 ) -> jax.Array:
     layout, scales, planes = operands(layer)
-    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend)
+    wanted = {} if bias is not None or x.dtype == jnp.float32 else {"dtype": str(x.dtype)}
+    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend, **wanted)
     return finish(y, x, bias)
 
 

@@ -32,7 +32,8 @@ def _rule(primitive: Primitive, args: Any, axes: Any, **params: Any) -> tuple[ja
         offsets = stack_size * jnp.arange(size, dtype=index.dtype)
         index, index_axis = index + offsets.reshape(size, *[1] * (index.ndim - 1)), 0
     elif scales_axis is not None:
-        return _scales_mapped(primitive, args, axes, **params), 0
+        dtype = params.pop("dtype", "float32")
+        return _scales_mapped(primitive, args, axes, **params).astype(dtype), 0
 
     if index_axis is not None:
         index = jnp.moveaxis(index, index_axis, 0)

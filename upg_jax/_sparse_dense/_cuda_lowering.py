@@ -26,13 +26,9 @@ if TYPE_CHECKING:
 Algorithm: TypeAlias = Literal["auto", "sparse", "dense"]
 
 _ELEMENTS = ("float32", "bfloat16", "float16")
-# From how many vectors on decoding to dense is faster, for layers with fewer entries a weight than the first number
-# (measured: docs/nvidia.md). The kernel takes 16 vectors at a time.
-_DENSE_FROM = {
-    "16-bit": ((0.15, 49), (0.21, 33), (math.inf, 17)),
-    "32-bit": ((0.15, 97), (0.3, 33), (math.inf, 17)),
-}
-_TRANSPOSED_DENSE_FROM = 2
+# Microseconds of dense levels and their product, fitted to what an H100 took (docs/nvidia.md): for a million weights, a
+# million entries, and a million weights times vectors. Float32 vectors meet narrow levels three times.
+_DENSE_COST = {"narrow": (1.5, 1.75, 0.0012), "three": (1.5, 1.75, 0.004), "float32": (3.3, 4.0, 0.038)}
 _MAX_GROUPS = 65_535
 
 
@@ -45,23 +41,23 @@ def lowering(implementation: Callable[..., jax.Array], otherwise: Callable[..., 
     """
     lower_kernels = mlir.lower_fun(implementation, multiple_results=False)
 
-    def lower(ctx: Any, *operands: Any, layout: Layout, backend: str) -> Any:
+    def lower(ctx: Any, *operands: Any, layout: Layout, backend: str, **wanted: str) -> Any:
         reason = _cuda.unavailable_reason() or _unfit(ctx.avals_in, layout)
         if reason and backend == "cuda":
             raise BackendError(f"backend 'cuda' cannot be used here: {reason}; use 'auto' or 'reference'")
         if reason or backend not in ("auto", "cuda"):
-            return otherwise(ctx, *operands, layout=layout, backend=backend)
-        return lower_kernels(ctx, *operands, layout=layout)
+            return otherwise(ctx, *operands, layout=layout, backend=backend, **wanted)
+        return lower_kernels(ctx, *operands, layout=layout, **wanted)
 
     return lower
 
 
 def sparse_dense(
     x: jax.Array, scales: jax.Array, index: jax.Array, *planes: jax.Array, layout: Layout,
-    algorithm: Algorithm = "auto",
+    algorithm: Algorithm = "auto", dtype: str = "float32",
 ) -> jax.Array:  # fmt: skip
-    """`x @ W.T` in float32; operands as in `_primitive`."""
-    return _product("product", x, scales, index, planes, layout, algorithm)
+    """`x @ W.T` in float32, or rounded to x's dtype; operands as in `_primitive`."""
+    return _product("product", x, scales, index, planes, layout, algorithm, dtype)
 
 
 def dense_sparse(
@@ -84,25 +80,25 @@ def decode(scales: jax.Array, *planes: jax.Array, layout: Layout) -> jax.Array:
 
 def _product(
     operation: Literal["product", "transposed"], x: jax.Array, scales: jax.Array, index: jax.Array,
-    planes: Sequence[jax.Array], layout: Layout, algorithm: Algorithm,
+    planes: Sequence[jax.Array], layout: Layout, algorithm: Algorithm, dtype: str = "float32",
 ) -> jax.Array:  # fmt: skip
     transposed = operation == "transposed"
     results, features = reversed(layout.shape) if transposed else layout.shape
     work = _work(operation, x, index, scales, planes, layout, features)
     shape = (*x.shape[:-1], results)
     if _is_nothing(work):
-        return jnp.zeros(shape, jnp.float32)
+        return jnp.zeros(shape, dtype)
     flat = x.reshape(work.groups, work.vectors, features)
     if algorithm == "sparse" or (algorithm == "auto" and not _dense_is_faster(work)):
-        plan = _common_plan(work) if transposed else _product_plan(work)
+        plan = _common_plan(work) if transposed else _product_plan(work, dtype)
         y = _call(plan, {"x": flat, "scales": scales, "index": index}, planes, (results,))
     elif transposed:
-        levels = _levels(work, jnp.dtype("float32"), index, planes)
+        levels = _levels(work, _exact_dtype(jnp.float32, layout), index, planes)
         y = _multiply(flat.astype(jnp.float32) * _scales_of(scales, index), levels, 1)
     else:
-        levels = _levels(work, _exact_dtype(x, layout), index, planes)
-        y = _multiply(flat.astype(levels.dtype), levels, 2) * _scales_of(scales, index)
-    return y.reshape(shape)
+        levels = _levels(work, _exact_dtype(x.dtype, layout), index, planes)
+        y = _multiply(flat, levels, 2) * _scales_of(scales, index)
+    return y.reshape(shape).astype(dtype)
 
 
 def _is_nothing(work: metal_ops.Work) -> bool:
@@ -150,22 +146,34 @@ def _dense_is_faster(work: metal_ops.Work) -> bool:
     if work.groups > work.layers:
         return False
     if work.operation == "transposed":
-        return work.vectors >= _TRANSPOSED_DENSE_FROM
-    narrow = work.manifold == "unit" and work.dtype != "float32"
-    entries = work.capacity / (work.rows * work.columns)
-    table = _DENSE_FROM["16-bit" if narrow else "32-bit"]
-    return work.vectors >= next(vectors for below, vectors in table if entries < below)
+        return True
+    plan = _product_plan(work, "float32")
+    passes = math.ceil(plan.steps[0].threadgroups[1] / plan.parts)
+    if passes == 1:
+        return False
+    entries, weights = work.capacity * 1e-6, work.rows * work.columns * 1e-6
+    kind = "float32" if work.manifold == "prime" else "three" if work.dtype == "float32" else "narrow"
+    of_row, of_column = (1.5e-4, 0.8e-3) if kind == "three" else (3e-4, 1.1e-3)
+    one_pass = 1 + of_row * work.rows + of_column * work.columns / plan.parts
+    one_pass += (2.5 if work.manifold == "unit" else 3.0) * entries
+    sparse = 3 + passes * one_pass * (1 if plan.parts == 1 else 1.4)
+    of_weights, of_entries, of_products = _DENSE_COST[kind]
+    dense = 10 + of_weights * weights + of_entries * entries + of_products * weights * work.vectors
+    return dense < sparse
 
 
-def _exact_dtype(x: jax.Array, layout: Layout) -> Any:
-    """What holds every level exactly: 8 bits on the unit manifold, 24 on the prime one."""
-    return x.dtype if layout.manifold == "unit" else jnp.dtype("float32")
+def _exact_dtype(x: Any, layout: Layout) -> Any:
+    """What holds every level exactly, to multiply with x: 8 bits on the unit manifold, 24 on the prime one."""
+    if layout.manifold == "prime":
+        return jnp.dtype("float32")
+    return jnp.dtype("bfloat16") if x == jnp.float32 else x
 
 
-def _product_plan(work: metal_ops.Work) -> metal_ops.Plan:
+def _product_plan(work: metal_ops.Work, dtype: str) -> metal_ops.Plan:
     import metal_ops
 
-    return metal_ops.stream_plan(work, _cuda.shared_memory()) or _common_plan(work)
+    plan = metal_ops.stream_plan(work, _cuda.shared_memory(), rounded=dtype == work.dtype)
+    return plan or _common_plan(work)
 
 
 def _common_plan(work: metal_ops.Work) -> metal_ops.Plan:
@@ -181,14 +189,31 @@ def _levels(work: metal_ops.Work, dtype: Any, index: jax.Array, planes: Sequence
     import metal_ops
 
     plan = metal_ops.levels_plan(dataclasses.replace(work, operation="decode", dtype=str(dtype)))
-    return _call(plan, {"index": index}, planes, (work.rows, work.columns), dtype)
+    return _call(plan, {"index": index}, planes, (work.rows, work.columns))
 
 
 def _multiply(x: jax.Array, levels: jax.Array, contracted: int) -> jax.Array:
-    """A product for each group, accumulated in float32."""
+    """A product for each group, accumulated in float32; float32 vectors meet narrow levels as three bfloat16 ones."""
+    exact = x.dtype == levels.dtype or levels.dtype == jnp.float32
+    parts = [x.astype(levels.dtype)] if exact else _three_parts(x)
     dimensions = (((2,), (contracted,)), ((0,), (0,)))
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, levels, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    precision = lax.Precision.HIGHEST if levels.dtype == jnp.float32 else None
+    y = lax.dot_general(
+        *(jnp.concatenate(parts, axis=1), levels, dimensions),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(y.shape[0], len(parts), -1, y.shape[-1]).sum(axis=1)
+
+
+def _three_parts(x: jax.Array) -> list[jax.Array]:
+    """The smallest first, of 8 bits each: their sum is `x`."""
+    parts: list[jax.Array] = []
+    for _ in range(3):
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.insert(0, part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 def _scales_of(scales: jax.Array, index: jax.Array) -> jax.Array:
@@ -197,8 +222,7 @@ def _scales_of(scales: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _call(
-    plan: metal_ops.Plan, given: dict[str, jax.Array], planes: Sequence[jax.Array], features: tuple[int, ...],
-    dtype: Any = jnp.float32,
+    plan: metal_ops.Plan, given: dict[str, jax.Array], planes: Sequence[jax.Array], features: tuple[int, ...]
 ) -> jax.Array:  # fmt: skip
     """Launches a plan's steps; the result is `(groups, [vectors,] *features)`."""
     import metal_ops
@@ -211,7 +235,8 @@ def _call(
     if work.manifold == "prime":
         arrays["prime_table"] = jnp.asarray(metal_ops.prime_table())
     outer = (work.groups,) if work.operation == "decode" else (work.groups, work.vectors)
-    result = jax.ShapeDtypeStruct((*outer, *features), dtype)
+    parts = (plan.parts,) if plan.parts > 1 else ()
+    result = jax.ShapeDtypeStruct((*parts, *outer, *features), plan.result)
     parameters = np.frombuffer(plan.parameters.pack(), np.int32)
     for step in plan.steps:
         to = {**step.names}.get(9, "y")
@@ -231,4 +256,4 @@ def _call(
             threads=np.int32(step.threads[0]),
             resident=np.int32(step.resident),
         )
-    return arrays["y"]
+    return arrays["y"].sum(axis=0) if parts else arrays["y"]

@@ -20,15 +20,17 @@ def _register(primitive: Primitive, transposed: Primitive) -> None:
         x, scales, *rest = primals
         x_dot, scales_dot = tangents[:2]
         y = bind(primitive, x, scales, *rest, **params)
+        params.pop("dtype", None)  # tangents are added in float32
         terms = []
         if type(x_dot) is not ad.Zero:
             terms.append(bind(primitive, x_dot, scales, *rest, **params))
         if type(scales_dot) is not ad.Zero:
             terms.append(bind(primitive, x, scales_dot, *rest, **params))
-        return y, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(y)
+        return y, sum(terms[1:], start=terms[0]).astype(y.dtype) if terms else jnp.zeros_like(y)
 
     def transpose(ct: Any, x: Any, scales: Any, index: Any, *planes: Any, **params: Any) -> list[Any]:
         nothing = [None] * (1 + len(planes))
+        params.pop("dtype", None)
         if type(ct) is ad.Zero:
             return [None, None, *nothing]
         if ad.is_undefined_primal(x):

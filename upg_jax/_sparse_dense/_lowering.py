@@ -58,9 +58,20 @@ def _register(
         kernels = native if layout.value_bits == 8 else native_narrow
         return kernels(ctx, *args, layout=layout)
 
-    mlir.register_lowering(primitive, anywhere)
-    mlir.register_lowering(primitive, _metal_lowering.lowering(operation, on_cpu), platform="cpu")
-    mlir.register_lowering(primitive, _cuda_lowering.lowering(on_nvidia, anywhere), platform="cuda")
+    rounded = mlir.lower_fun(
+        lambda *args, dtype, **params: primitive.bind(*args, **params).astype(dtype), multiple_results=False
+    )
+
+    def rounding(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def lower(ctx: Any, *args: Any, **params: Any) -> Any:
+            return (rounded if "dtype" in params else rule)(ctx, *args, **params)
+
+        return lower
+
+    on_any_cpu = rounding(_metal_lowering.lowering(operation, on_cpu))
+    mlir.register_lowering(primitive, rounding(anywhere))
+    mlir.register_lowering(primitive, on_any_cpu, platform="cpu")
+    mlir.register_lowering(primitive, _cuda_lowering.lowering(on_nvidia, rounding(anywhere)), platform="cuda")
 
 
 # Now, since a saved program may be run that lowers nothing.

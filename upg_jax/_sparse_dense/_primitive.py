@@ -3,7 +3,8 @@
 Both take the operands `(x, scales, index, *planes)` where every plane has a leading stack axis `S` (1 for a
 single layer) and `index`, int32 of shape `group`, says which layer of the stack each group of vectors uses. `x`
 is `(*group, *batch, features)`. Both return float32 and are linear in `x` and linear in `scales`; adding a bias
-and rounding to the caller's dtype happen outside, once.
+and rounding to the caller's dtype happen outside, once. `sparse_dense_p` may be asked for the rounded result, in a
+parameter `dtype`, for kernels that can write it.
 """
 
 from __future__ import annotations
@@ -52,25 +53,25 @@ def operands(layer: MdCSR) -> tuple[Layout, jax.Array, list[jax.Array]]:
     return layout, arrays[0], arrays[1:]
 
 
-def bind(primitive: Primitive, *args: Any, layout: Layout, backend: str) -> jax.Array:
+def bind(primitive: Primitive, *args: Any, **params: Any) -> jax.Array:
     """Binds a primitive; every bind goes through here so that operands agree under `jax.shard_map`."""
-    return primitive.bind(*unify_varying(*args), layout=layout, backend=backend)
+    return primitive.bind(*unify_varying(*args), **params)
 
 
-def _abstract_eval(features_in: int, features_out: int, x: Any, index: Any) -> Any:
+def _abstract_eval(features_in: int, features_out: int, x: Any, index: Any, dtype: str = "float32") -> Any:
     if x.shape[-1] != features_in or x.shape[: len(index.shape)] != index.shape:
         raise TypeError(
             f"sparse_dense: x must be (*group, *batch, {features_in}) with group {index.shape}; got {x.shape}"
         )
-    return x.update(shape=(*x.shape[:-1], features_out), dtype=jnp.dtype("float32"), weak_type=False)
+    return x.update(shape=(*x.shape[:-1], features_out), dtype=jnp.dtype(dtype), weak_type=False)
 
 
 @sparse_dense_p.def_abstract_eval
 def _sparse_dense_abstract_eval(
-    x: Any, scales: Any, index: Any, *planes: Any, layout: Layout, backend: str
+    x: Any, scales: Any, index: Any, *planes: Any, layout: Layout, backend: str, dtype: str = "float32"
 ) -> Any:
     out_features, in_features = layout.shape
-    return _abstract_eval(in_features, out_features, x, index)
+    return _abstract_eval(in_features, out_features, x, index, dtype)
 
 
 @dense_sparse_p.def_abstract_eval
@@ -82,14 +83,14 @@ def _dense_sparse_abstract_eval(
 
 
 @functools.cache
-def _compiled(primitive: Primitive, layout: Layout, backend: str) -> Callable[..., jax.Array]:
-    return jax.jit(functools.partial(primitive.bind, layout=layout, backend=backend))
+def _compiled(primitive: Primitive, **params: Any) -> Callable[..., jax.Array]:
+    return jax.jit(functools.partial(primitive.bind, **params))
 
 
-def evaluate(primitive: Primitive, *args: Any, layout: Layout, backend: str) -> jax.Array:
+def evaluate(primitive: Primitive, *args: Any, **params: Any) -> jax.Array:
     """Runs a primitive outside jit by compiling it alone."""
     with jax.disable_jit(False):
-        return _compiled(primitive, layout, backend)(*args)
+        return _compiled(primitive, **params)(*args)
 
 
 PRIMITIVES: Sequence[Primitive] = (sparse_dense_p, dense_sparse_p)
