@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -69,6 +70,41 @@ def test_a_sharded_block_sends_one_sum_and_is_right():
     assert "['all-reduce']" in printed
     assert "in 8 blocks" in printed
     assert float(re.search(r"one device: (\S+)", printed)[1]) < 1e-5
+
+
+def test_phi_4_is_made_at_random_generates_and_loads(tmp_path, monkeypatch, capsys):
+    """With few and narrow layers, in this process, since the shapes are no option."""
+    directory, scripts = tmp_path / "phi4", {}
+    for name in ("phi4_generate", "phi4_load"):
+        specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        scripts[name] = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(scripts[name])
+
+    def printed(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, str(directory), *arguments])
+        scripts[name].main()
+        return capsys.readouterr().out
+
+    small = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    monkeypatch.setattr(scripts["phi4_generate"], "PHI_4", scripts["phi4_generate"].PHI_4 | small)
+    options = ("--random", "--layers", "3", "--density", "0.25", "--tokens", "5", "--dtype", "float32")
+    said = printed("phi4_generate", *options)
+    assert said.count("making ") == 9  # a matrix of each shape, whatever the number of layers
+    assert re.search(r"^5 tokens in \S+ s, the prompt included: \S+ tokens/s$", said, re.MULTILINE)
+    assert "making" not in printed("phi4_generate", *options)
+    said = printed("phi4_load", "--dtype", "float32")
+    assert re.search(r"^layers +3 of width 64, Phi3ForCausalLM$", said, re.MULTILINE)
+    layer = (64 + 2 * 32) * 64 + 64 * 64 + 2 * 80 * 64 + 64 * 80 + 2 * 64  # two norms
+    assert f"weights               {3 * layer + 2 * 96 * 64 + 64:,}\n" in said
+    nbytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    found = int(re.search(r"^bytes +([\d,]+) ", said, re.MULTILINE)[1].replace(",", ""))
+    assert 0.5 * nbytes < found <= nbytes
 
 
 def test_an_exported_program_runs_in_another_process(tmp_path):

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from upg_jax import UPGModel
 
 
@@ -24,6 +26,7 @@ def test_answers_follow_from_the_conversation_and_commands_change_it(upg_jax, gg
         "/again",
         "/set nonsense 1",
         "/set top_p 7",
+        "/set max_new_tokens 0",
         "/set stop 5",
         "/sav",
         "/system Be brief.",
@@ -53,6 +56,7 @@ def test_answers_follow_from_the_conversation_and_commands_change_it(upg_jax, gg
     assert json.loads((tmp_path / "last.json").read_text()) == [*system, answer(system, 3)]
     assert "NAME must be one of" in result.stderr
     assert "top_p must be in (0, 1]; got 7" in result.stderr
+    assert "max_new_tokens must be at least 1; got 0" in result.stderr
     assert "stop must be texts of at least one character; got 5" in result.stderr
     assert "there is no /sav\n" in result.stderr
     assert "Ctrl-C stops an answer" in result.stderr
@@ -82,4 +86,54 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(gguf_model, tmp_path):
             assert process.wait(60) == 0
         finally:
             process.kill()
-    assert json.loads(saved.read_text())[0] == {"role": "user", "content": "he"}
+    assert json.loads(saved.read_text()) == []  # nothing was answered
+
+
+def test_what_ctrl_c_leaves(upg_jax, gguf_model, tmp_path, monkeypatch):
+    from upg_jax.cli import _output
+    from upg_jax.inference import Engine
+
+    say, submit, shown, submitted = _output.say, Engine.submit, [], []
+
+    def stopped_in_the_middle(text):
+        say(text)
+        shown.append(text)
+        if len(shown) == 4:
+            raise KeyboardInterrupt
+
+    def stopped_before_it_begins(self, requests):
+        submitted.append(requests)
+        if len(submitted) == 2:
+            raise KeyboardInterrupt
+        submit(self, requests)
+
+    monkeypatch.setattr(_output, "say", stopped_in_the_middle)
+    monkeypatch.setattr(Engine, "submit", stopped_before_it_begins)
+    lines = ["he", f"/save {tmp_path / 'middle'}", "/again", f"/save {tmp_path / 'before'}", "/quit"]
+    result = upg_jax(
+        "chat", gguf_model, "--max-new-tokens", "20", "--seed", "1", said="\n".join(lines) + "\n"
+    )
+    assert result.returncode == 0
+    assert "4 said" in result.stderr
+    assert "".join(shown)
+    expected = [{"role": "user", "content": "he"}, {"role": "assistant", "content": "".join(shown)}]
+    assert json.loads((tmp_path / "middle").read_text()) == expected
+    assert json.loads((tmp_path / "before").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [("generate", "top-p", "7"), ("generate", "temperature", "-1"), ("chat", "top-k", "0")],
+)
+def test_settings_that_cannot_be_are_refused_before_a_model_is_opened(upg_jax, command, option, value):
+    text = ["hello"] if command == "generate" else []
+    result = upg_jax(command, "nothing", *text, f"--{option}", value)
+    assert result.returncode == 2
+    assert f"{option.replace('-', '_')} must be" in result.stderr
+    assert "nothing" not in result.stderr
+
+
+def test_a_key_that_no_client_can_send_is_refused_before_a_model_is_opened(upg_jax):
+    result = upg_jax("serve", "nothing", "--api-key", "s\u00e9cret")
+    assert result.returncode == 2
+    assert "ASCII" in result.stderr

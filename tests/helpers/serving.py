@@ -12,8 +12,9 @@ def serving(app):
     """Runs an application in a thread; yields its address."""
     import uvicorn
 
-    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    from upg_jax.serve._run import configuration
+
+    server = uvicorn.Server(configuration(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

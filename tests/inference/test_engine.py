@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-
 import jax
 import numpy as np
 import pytest
+from helpers.engines import Client, answered, idle
 from helpers.hf_llama import dense_model
 
 from upg_jax import _native
-from upg_jax.inference import Engine, EngineBusyError, EngineClosedError, GenerationSettings, Request
+from upg_jax.inference import Engine, EngineBusyError, EngineClosedError
 
 SETTINGS = [
     {},
@@ -25,41 +23,6 @@ SETTINGS = [
 
 def prompt_of(length):
     return np.random.default_rng(length).integers(0, 101, length).tolist()
-
-
-class Client:
-    """Collects what a request receives."""
-
-    def __init__(self, prompt, **settings):
-        self.events = queue.SimpleQueue()
-        self.request = Request(prompt, GenerationSettings(**settings), self.events.put)
-
-    def result(self):
-        ids, logprobs = [], []
-        while True:
-            event = self.events.get(timeout=60)
-            if isinstance(event, Exception):
-                raise event
-            if event.finish_reason:
-                return ids, logprobs, event.finish_reason
-            ids.append(event.id)
-            logprobs.append(event.logprobs)
-
-
-def answered(engine, prompt, **settings):
-    client = Client(prompt, **settings)
-    engine.submit([client.request])
-    return client.result()
-
-
-def idle(engine, seconds=20):
-    """Waits until nothing runs; the engine frees rows at the beginning of a step."""
-    give_up = threading.Event()
-    for _ in range(int(seconds / 0.01)):
-        if engine.running == engine.waiting == 0:
-            return True
-        give_up.wait(0.01)
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +193,17 @@ def test_a_failure_of_the_device_reaches_everybody_who_waits(model, monkeypatch)
         with pytest.raises(ZeroDivisionError):
             client.result()
     assert not engine.alive
+    assert isinstance(engine.failure, ZeroDivisionError)
+    engine.close()
+
+
+def test_a_warm_up_that_fails_says_so(model, monkeypatch):
+    from upg_jax.inference import _slots
+
+    engine = Engine(model, slots=1, context=64, chunk=16)
+    monkeypatch.setattr(_slots, "advance", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.warm_up()
     engine.close()
 
 

@@ -77,8 +77,14 @@ def test_bfloat16_activations_stay_bfloat16(name):
     assert {leaf.dtype for leaf in jax.tree.leaves((cache.keys, cache.values))} == {jnp.dtype(jnp.bfloat16)}
 
 
-# Between them all that families do besides products: norms, caps and gates, LongRoPE, routers.
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "mixtral"])
+# Those that are not slow do between them all that families do besides products: norms, caps, gates, LongRoPE, routers.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("gemma2", "phi3", "mixtral") else [pytest.mark.slow])
+        for name in CASES
+    ],
+)
 def test_bfloat16_activations_follow_float32(name):
     ids, model = ids_for(2, TOKENS), dense_model(name, "bfloat16")
     logits, _ = compiled(model.params, model.config, jnp.asarray(ids), model.init_cache(2, TOKENS))

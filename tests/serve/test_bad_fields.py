@@ -14,11 +14,37 @@ CHAT_CASES = [
     ("messages[0]", [["he"]]),
     (
         "messages[0].role",
-        [[{"content": "he"}], [{"role": "root", "content": "he"}], [{"role": 1, "content": "he"}]],
+        [
+            [{"content": "he"}],
+            [{"role": "root", "content": "he"}],
+            [{"role": 1, "content": "he"}],
+            [{"role": "tool", "content": "he", "tool_call_id": "x"}],
+        ],
     ),
     ("messages[0].content", [[{"role": "user"}], [{"role": "user", "content": 1}]]),
     ("messages[0].content", [[{"role": "user", "content": "\ud800"}]]),
-    ("messages[0].content[0]", [[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]]),
+    ("messages[0].content[0]", [[{"role": "user", "content": ["he"]}]]),
+    (
+        "messages[0].content[0].type",
+        [[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]],
+    ),
+    ("messages[0].content[0].text", [[{"role": "user", "content": [{"type": "text"}]}]]),
+    (
+        "messages[0].content[0].evil",
+        [[{"role": "user", "content": [{"type": "text", "text": "he", "evil": 1}]}]],
+    ),
+    *(
+        (f"messages[0].{key}", [[{"role": "assistant", "content": "he", key: value}]])
+        for key, value in {
+            "name": "bob",
+            "refusal": "no",
+            "audio": {"id": "x"},
+            "tool_calls": [{"id": "x"}],
+            "function_call": {"name": "f"},
+            "tool_call_id": "x",
+            "evil": None,
+        }.items()
+    ),
     ("max_tokens", [0, -1, 1.5, 10**30, *WRONG_TYPES]),
     ("max_completion_tokens", [0, 129, *WRONG_TYPES]),
     ("temperature", [-0.1, 2.1, 10**400, *WRONG_TYPES]),
@@ -93,6 +119,11 @@ def test_a_bad_field_of_a_completion_is_named(http, name, value):
 def test_a_field_whose_name_is_no_text_is_refused(http):
     response = http.post("/v1/chat/completions", content=b'{"model": "small", "\\ud800": 2}')
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_an_unknown_option_of_a_stream_is_named(http):
+    body = {**CHAT, "stream": True, "stream_options": {"include_usage": True, "evil": 1}}
+    refused(http, "/v1/chat/completions", body, "stream_options.evil")
 
 
 def test_a_complaint_shows_the_number(http):

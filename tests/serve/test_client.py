@@ -138,6 +138,13 @@ def test_the_model_is_listed(client):
         client.models.retrieve("../../etc/passwd")
 
 
+def test_an_answer_can_be_sent_back_as_it_came(client):
+    answer = client.chat.completions.create(**CHAT, max_tokens=4).choices[0].message
+    for said in (answer, answer.model_dump()):
+        following = [*MESSAGES, said, {"role": "user", "content": "and?"}]
+        assert client.chat.completions.create(model="small", messages=following, max_tokens=4).choices
+
+
 def test_errors_are_those_that_the_client_knows(client):
     with pytest.raises(openai.NotFoundError, match="the model 'large' does not exist") as caught:
         client.chat.completions.create(model="large", messages=MESSAGES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -30,6 +31,16 @@ def raw_post(address, body, path="/v1/completions"):
     with socket.create_connection(address, timeout=60) as connection:
         connection.sendall(head + data)
         yield connection
+
+
+@pytest.fixture
+def server_errors(caplog):
+    """What the server's libraries log as errors, tracebacks for example; to be asked after one more request."""
+    logger = logging.getLogger("uvicorn")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.ERROR, "uvicorn.error"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -71,10 +82,12 @@ def test_a_slow_reader_holds_no_slot(address, idle, http):
         b"POST /v1/completions HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
         b"GET /v1/models/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+        # Answered at once, and then malformed.
+        b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
     ],
-    ids=range(9),
+    ids=range(10),
 )
-def test_malformed_http_is_refused_and_the_server_lives_on(address, http, data):
+def test_malformed_http_is_refused_and_the_server_lives_on(address, http, server_errors, data):
     with socket.create_connection(address, timeout=5) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
@@ -82,6 +95,20 @@ def test_malformed_http_is_refused_and_the_server_lives_on(address, http, data):
         assert answer == b"" or answer.split()[1][:1] == b"4"
         assert b"root:" not in answer
     assert http.get("/health").json() == {"status": "ok"}
+    assert server_errors() == []
+
+
+def test_a_body_that_goes_wrong_after_the_answer_ends_its_connection(address, http, server_errors):
+    with socket.create_connection(address, timeout=5) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = connection.recv(1000)
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(1000)
+        assert answer.split()[1] == b"404"
+        connection.sendall(b"ZZ\r\n")
+        assert connection.recv(1000) == b""
+    assert http.get("/health").json() == {"status": "ok"}
+    assert server_errors() == []
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -111,7 +138,7 @@ def test_a_server_of_its_own_has_a_key_a_time_limit_and_origins(engine, idle):
     from upg_jax.serve import Limits, create_app
 
     app = create_app(
-        engine, name="small", limits=Limits(seconds=0.05), api_key="sécret", cors_origins=["https://page"]
+        engine, name="small", limits=Limits(seconds=0.05), api_key="se~cret", cors_origins=["https://page"]
     )
     with serving(app) as (host, port), httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
@@ -119,7 +146,7 @@ def test_a_server_of_its_own_has_a_key_a_time_limit_and_origins(engine, idle):
             assert response.status_code == 401
             assert response.json()["error"]["type"] == "authentication_error"
         assert http.get("/health").status_code == 200
-        key = {"Authorization": "Bearer sécret".encode(), "Origin": "https://page"}
+        key = {"Authorization": "Bearer se~cret", "Origin": "https://page"}
         response = http.post("/v1/completions", json=LONG, headers=key)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
@@ -179,11 +206,14 @@ def test_the_command_serves_and_finishes_its_streams_when_told_to_end(tmp_path):
                     assert time.monotonic() < deadline
                     time.sleep(0.05)
                 body = {**LONG, "model": "small.gguf", "stream": True}
-                with http.stream("POST", "/v1/completions", json=body) as response:
+                half_sent = socket.create_connection(("127.0.0.1", port), timeout=20)
+                half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+                with half_sent, http.stream("POST", "/v1/completions", json=body) as response:
                     lines = response.iter_lines()
                     next(lines)
                     process.send_signal(signal.SIGTERM)
                     rest = [line for line in lines if line]
+                    assert half_sent.recv(1000).startswith(b"HTTP/1.1 503 ")
             assert rest[-1] == "data: [DONE]"
             assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
             assert process.wait(20) in (0, -signal.SIGTERM)

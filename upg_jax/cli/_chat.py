@@ -24,6 +24,7 @@ from upg_jax.cli._options import (
     SystemOption,
     TopKOption,
     TopPOption,
+    check_settings,
 )
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def chat(
         "seed": seed,
         "stop": tuple(stop or ()),
     }
+    check_settings(settings)
     with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
         engine = Engine(model, slots=1, context=context)
@@ -111,20 +113,20 @@ class Conversation:
                     if not self._command(*line[1:].split(maxsplit=1)):
                         return
                 elif line.strip():
-                    self._say(line)
+                    self._ask([*self.messages, {"role": "user", "content": line}])
             except KeyboardInterrupt:
                 stderr.print("stopped", style="dim")
             except (UPGError, ValueError, OSError) as e:
                 stderr.print(f"{e}", style="red")
 
-    def _say(self, line: str) -> None:
-        """Says something; what cannot be answered was not said, since templates want answers between messages."""
-        self.messages.append({"role": "user", "content": line})
+    def _ask(self, messages: list[dict[str, str]]) -> None:
+        """Answers messages; without an answer they were not said, since templates want one after each."""
+        before, self.messages = self.messages, messages
         try:
             self._answer()
         finally:
             if self.messages[-1]["role"] == "user":
-                self.messages.pop()
+                self.messages = before
 
     def _command(self, name: str = "help", argument: str = "") -> bool:
         """Does what a line with a slash says; returns whether to go on."""
@@ -138,12 +140,11 @@ class Conversation:
         elif name == "new":
             self.messages = []
         elif name in ("undo", "again"):
-            while self.messages and self.messages[-1]["role"] != "user":
-                self.messages.pop()
+            asked = self.messages[:-1]  # all but the last answer
             if name == "undo":
-                del self.messages[-1:]
-            elif self.messages:
-                self._answer()
+                self.messages = asked[:-1]
+            elif asked:
+                self._ask(asked)
         elif name == "set":
             self._set(*argument.split(maxsplit=1))
         elif name == "save":
@@ -167,12 +168,13 @@ class Conversation:
         except ValueError:
             parsed = value
         changed = {**self._settings, name: parsed}
-        GenerationSettings(**changed)
+        if GenerationSettings(**changed).max_new_tokens < 1:
+            raise ValueError("/set: max_new_tokens must be at least 1; got 0")
         self._settings = changed
         stderr.print(f"{name} = {parsed!r}", style="dim")
 
     def _answer(self) -> None:
-        """Answers the last message; Ctrl-C ends the answer, which stays as far as it came."""
+        """Answers the last message; Ctrl-C ends the answer, which stays as far as it came, if it has begun."""
         from upg_jax.cli._output import say, stderr, stdout
         from upg_jax.inference import GenerationSettings, Request
 
@@ -206,7 +208,9 @@ class Conversation:
         finally:
             self._engine.cancel(request)
         stdout.print()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        text = "".join(pieces)
+        if text or reason != "stopped":
+            self.messages.append({"role": "assistant", "content": text})
         rate = (len(times) - 1) / max(times[-1] - times[0], 1e-9) if len(times) > 1 else 0.0
         ended = (
             "" if reason == "stop" else f", {'cut off by max_new_tokens' if reason == 'length' else reason}"

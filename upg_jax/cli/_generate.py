@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from upg_jax.cli._options import (
     SystemOption,
     TopKOption,
     TopPOption,
+    check_settings,
 )
 
 
@@ -50,6 +51,19 @@ def generate(
 
     if system is not None and not chat:
         raise typer.BadParameter("needs --chat", param_hint="--system")
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    check_settings(settings)
     with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
     if chat and model.tokenizer is not None:
@@ -60,19 +74,7 @@ def generate(
     start = time.perf_counter()
     first = None
     tokens, pieces = [], []
-    for token in model.stream(
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop or (),
-    ):
+    for token in model.stream(ids, **settings):
         first = first or time.perf_counter()
         if token.id is not None:
             tokens.append(token.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,3 +44,13 @@ StopOption = Annotated[
 SystemOption = Annotated[
     str | None, typer.Option(help="A system message that comes before the conversation.", show_default=False)
 ]
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuses options of sampling that no model can follow, before one is loaded."""
+    from upg_jax.inference import GenerationSettings
+
+    try:
+        GenerationSettings(**settings)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e

@@ -33,6 +33,9 @@ def serve(
     max_choices: Annotated[int, typer.Option(min=1, help="Answers that one request may ask for.")] = 32,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 1 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    body_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a request's body may take to come.")
+    ] = 30.0,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that requests may take to finish when the server ends.")
     ] = 30.0,
@@ -47,9 +50,6 @@ def serve(
 ) -> None:
     """Serves a model to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     from upg_jax._errors import MissingDependencyError
-
-    if api_key == "":
-        raise typer.BadParameter("must not be empty", param_hint="--api-key")
     from upg_jax.cli._output import status, stderr
 
     try:
@@ -61,9 +61,18 @@ def serve(
         ) from e
     from upg_jax.inference import Engine, UPGModel
     from upg_jax.serve import Limits, bind, create_app, run
+    from upg_jax.serve._limits import check_key
 
+    try:
+        check_key(api_key)
+    except ValueError as e:
+        raise typer.BadParameter(str(e), param_hint="--api-key") from e
     limits = Limits(
-        body_bytes=max_body, choices=max_choices, seconds=timeout, shutdown_seconds=shutdown_timeout
+        body_bytes=max_body,
+        choices=max_choices,
+        seconds=timeout,
+        body_seconds=body_timeout,
+        shutdown_seconds=shutdown_timeout,
     )
     listener = bind(host, port)
     with status(f"opening {path}") as say:

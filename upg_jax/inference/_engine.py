@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
+import queue
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from upg_jax._errors import UPGError
-from upg_jax.inference._answer import Answer, StreamedToken
+from upg_jax.inference._answer import Answer
 from upg_jax.inference._generate import stop_ids
 from upg_jax.inference._logprobs import Chosen, HostChoices
 from upg_jax.inference._penalties import History
 from upg_jax.inference._prompt_cache import PromptCache
+from upg_jax.inference._request import EngineBusyError, EngineClosedError, Event, Request
 from upg_jax.inference._sampling import Sampling
 from upg_jax.inference._settings import GenerationSettings
 from upg_jax.inference._slots import Slots
@@ -23,43 +25,7 @@ from upg_jax.inference._steps import PROGRAMS, chunk_length, narrowed
 if TYPE_CHECKING:
     from upg_jax.inference._model import UPGModel
 
-Event = StreamedToken | Exception
-"""What a request receives: tokens, the last with a reason for ending, or an error in its place."""
-
-
-class EngineBusyError(UPGError, RuntimeError):
-    """As many requests wait as may."""
-
-
-class EngineClosedError(UPGError, RuntimeError):
-    """The engine takes no more requests, or ended before an answer did."""
-
-
-class Request:
-    """One answer that is wanted.
-
-    Attributes:
-        prompt: token ids.
-        settings: how to answer.
-        state: where it stands; `"ended"` also when cancelled.
-        answer: what it was answered so far.
-    """
-
-    def __init__(
-        self, prompt: Sequence[int], settings: GenerationSettings, deliver: Callable[[Event], None]
-    ) -> None:
-        """Describes a request.
-
-        Args:
-            prompt: token ids.
-            settings: how to answer.
-            deliver: called with each `Event`, from the engine's thread: must neither block nor raise.
-        """
-        self.prompt = list(prompt)
-        self.settings = settings
-        self.deliver = deliver
-        self.state: Literal["new", "waiting", "running", "ended"] = "new"
-        self.answer: Answer | None = None
+_LOG = logging.getLogger("upg_jax.inference")
 
 
 class Engine:
@@ -69,6 +35,12 @@ class Engine:
     others. What a request is answered depends on the model, the number of rows, `context` and `chunk`, and on its own
     prompt and settings, not on what else is running: to the bit on CPUs with the compiled kernels, elsewhere up to the
     rounding of attention. Nothing compiles after `warm_up`.
+
+    Attributes:
+        model: the model.
+        context: tokens that a request may have.
+        max_waiting: requests that may wait for a row.
+        failure: what ended the engine by itself; it is logged, and everybody who waits receives it.
     """
 
     def __init__(
@@ -86,6 +58,7 @@ class Engine:
         self.model = model
         self.context = min(context, model.config.max_position_embeddings)
         self.max_waiting = max_waiting
+        self.failure: Exception | None = None
         self._chunk = chunk
         if chunk != chunk_length(chunk):
             raise ValueError(
@@ -124,6 +97,13 @@ class Engine:
         """Requests that wait for a row, or whose prompt is being computed."""
         return len(self._waiting)
 
+    @property
+    def room(self) -> int:
+        """Requests that would be taken now: free rows and free places to wait."""
+        # The row of a request that has ended is free before the next step.
+        answered = sum(request is not None and request.state != "ended" for request in self._rows)
+        return self.slots + self.max_waiting - answered - len(self._waiting)
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests: all or none of them.
 
@@ -147,13 +127,10 @@ class Engine:
             request.answer = Answer(self.model.tokenizer, request.settings, self.model.eos_token_ids)
         with self._wake:
             if self._closing:
-                raise EngineClosedError("engine: is closed and takes no more requests")
-            # The row of a request that has ended is free before the next step.
-            answered = sum(r is not None and r.state != "ended" for r in self._rows)
-            free = self.slots - answered
-            if len(self._waiting) + len(requests) > free + self.max_waiting:
+                raise EngineClosedError("engine: is closed and takes no more requests") from self.failure
+            if len(requests) > self.room:
                 raise EngineBusyError(
-                    f"engine: {answered} requests are being answered and {len(self._waiting)} wait; try again later"
+                    f"engine: has room for {self.room} more requests; got {len(requests)}; try again later"
                 )
             for request in requests:
                 request.state = "waiting"
@@ -196,16 +173,16 @@ class Engine:
 
     def _answer(self, length: int, **settings: Any) -> None:
         """Answers a prompt that nobody reads."""
-        finished = threading.Event()
-
-        def deliver(event: Event) -> None:
-            if isinstance(event, Exception) or event.finish_reason is not None:
-                finished.set()
-
         prompt = [0] * max(min(length, self.context - 4), 1)
         wanted = GenerationSettings(max_new_tokens=4, stop_at_eos=False, **settings)
-        self.submit([Request(prompt, wanted, deliver)])
-        finished.wait()
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.submit([Request(prompt, wanted, events.put)])
+        while True:
+            event = events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event.finish_reason is not None:
+                return
 
     def _run(self) -> None:
         try:
@@ -214,8 +191,9 @@ class Engine:
                 self._step()
             self._end(EngineClosedError("engine: was closed before the answer was finished"))
         except Exception as e:  # whatever it is, nobody may wait for an answer for ever
+            _LOG.error("the engine failed and answers no more requests", exc_info=e)
             with self._wake:
-                self._closing = "now"
+                self.failure, self._closing = e, "now"
             self._end(e)
 
     def _wait(self) -> bool:

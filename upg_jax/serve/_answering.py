@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from upg_jax.inference import Engine, EngineBusyError, EngineClosedError, Request, StreamedToken
-from upg_jax.serve._errors import ApiError
+from upg_jax.serve._errors import ApiError, busy, ending
 from upg_jax.serve._metrics import Metrics
 from upg_jax.serve._requests import Job, settings_of
 
 if TYPE_CHECKING:
-    from upg_jax.inference._engine import Event
-
-_LOG = logging.getLogger("upg_jax.serve")
+    from upg_jax.inference._request import Event
 
 
 class Running:
     """A job on the engine. Events are kept until they are read, so that a slow reader holds no row."""
 
-    def __init__(self, job: Job, engine: Engine, metrics: Metrics, seconds: float) -> None:
+    def __init__(self, job: Job, engine: Engine, metrics: Metrics, deadline: float) -> None:
+        """Begins.
+
+        Args:
+            job: what to answer.
+            engine: answers it.
+            metrics: counts it.
+            deadline: on the event loop's clock, when it fails.
+        """
         self._engine, self._metrics = engine, metrics
         self._began = time.monotonic()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -43,13 +48,13 @@ class Running:
         try:
             engine.submit(self._requests)
         except EngineBusyError as e:
-            raise ApiError(429, str(e), code="rate_limit_exceeded", headers={"Retry-After": "1"}) from e
+            raise busy(str(e)) from e
         except EngineClosedError as e:
-            raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"}) from e
+            raise ending() from e
         except ValueError as e:
             raise ApiError(400, str(e)) from e
         # An event like the others: a timer for each token would cost as much as all else that is done with it.
-        self._deadline = loop.call_later(seconds, self._events.put_nowait, (0, TimeoutError()))
+        self._deadline = loop.call_at(deadline, self._events.put_nowait, (0, TimeoutError()))
         metrics.prompt_tokens += sum(map(len, job.prompts))
 
     async def events(self) -> AsyncIterator[tuple[int, StreamedToken]]:
@@ -63,9 +68,8 @@ class Running:
             if isinstance(event, TimeoutError):
                 raise ApiError(504, "the answer took longer than this server allows", code="timeout")
             if isinstance(event, EngineClosedError):
-                raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
+                raise ending()
             if isinstance(event, Exception):
-                _LOG.error("an answer failed", exc_info=event)
                 raise ApiError(500, "the answer could not be computed; the server's log says why") from event
             if not self.tokens:
                 self._metrics.first_token.observe(time.monotonic() - self._began)

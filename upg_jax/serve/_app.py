@@ -20,9 +20,9 @@ from starlette.routing import Route
 from upg_jax.inference import Engine, TokenLogprobs
 from upg_jax.serve._answering import Running
 from upg_jax.serve._connection import ClientGoneError, EventStream, read_body, unless_gone
-from upg_jax.serve._errors import ApiError
+from upg_jax.serve._errors import ApiError, busy
 from upg_jax.serve._fields import parse_object
-from upg_jax.serve._limits import Limits
+from upg_jax.serve._limits import Limits, check_key
 from upg_jax.serve._metrics import Metrics
 from upg_jax.serve._requests import Job, parse_chat, parse_completion
 from upg_jax.serve._responses import Writer
@@ -31,13 +31,19 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Server:
-    """The handlers of one model's server."""
+    """The handlers of one model's server.
+
+    Attributes:
+        ended: set when the server ends.
+    """
 
     def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
         self._engine, self._name, self._limits = engine, name, limits
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._metrics = Metrics()
         self._created = int(time.time())
+        self._parsing = 0
+        self.ended = asyncio.Event()
 
     def routes(self) -> list[Route]:
         """Everything that is served."""
@@ -114,23 +120,33 @@ class Server:
         return {"id": self._name, "object": "model", "created": self._created, "owned_by": "upg-jax"}
 
     async def _answer(self, request: Request, parse: Callable[..., Job]) -> Response:
-        body = await read_body(request, self._limits.body_bytes)
         engine, limits = self._engine, self._limits
-
-        def understood() -> Job:
-            choices = min(limits.choices, engine.slots + engine.max_waiting)
-            return parse(parse_object(body), engine.model, self._name, engine.context, choices)
-
-        # Reading and tokenizing a long prompt takes a while, in which others are served.
-        job = await asyncio.to_thread(understood)
-        running = Running(job, engine, self._metrics, limits.seconds)
+        deadline = asyncio.get_running_loop().time() + limits.seconds
+        seconds = min(limits.body_seconds, limits.seconds)
+        job = await self._understood(await read_body(request, limits.body_bytes, seconds, self.ended), parse)
+        running = Running(job, engine, self._metrics, deadline)
         writer = Writer(job, self._name, engine.model.tokenizer)
         if job.stream:
-            return EventStream(_events(job, running, writer), running.end, limits.seconds)
+            return EventStream(_events(job, running, writer), running.end, deadline)
         try:
             return JSONResponse(await unless_gone(request.receive, _whole(job, running, writer)))
         finally:
             running.end()
+
+    async def _understood(self, body: bytes, parse: Callable[..., Job]) -> Job:
+        """Parses a body in a thread: tokenizing a long prompt takes a while, in which others are served."""
+        engine = self._engine
+        choices = min(self._limits.choices, engine.slots + engine.max_waiting)
+        # Who is tokenized waits for a row as well, or else any number of long prompts could.
+        if self._parsing >= engine.room:
+            raise busy("as many requests are being answered or wait as may; try again later")
+        self._parsing += 1
+        try:
+            return await asyncio.to_thread(
+                lambda: parse(parse_object(body), engine.model, self._name, engine.context, choices)
+            )
+        finally:
+            self._parsing -= 1
 
 
 async def _whole(job: Job, running: Running, writer: Writer) -> dict[str, Any]:
@@ -190,12 +206,22 @@ def create_app(
         limits: what is refused.
         api_key: what clients of `/v1` must send; None lets everybody in.
         cors_origins: web pages of these origins may use the server from a browser.
+
+    Returns:
+        The application. Requests whose bodies have not come are refused as soon as its `state.ended` is set.
+
+    Raises:
+        ValueError: for a key that no client can send.
     """
+    check_key(api_key)
     cors = Middleware(
         CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"]
     )
-    return Starlette(
-        routes=Server(engine, name, limits or Limits(), api_key).routes(),
+    server = Server(engine, name, limits or Limits(), api_key)
+    app = Starlette(
+        routes=server.routes(),
         middleware=[cors] if cors_origins else [],
         exception_handlers={HTTPException: _http_error, Exception: _failure},
     )
+    app.state.ended = server.ended
+    return app

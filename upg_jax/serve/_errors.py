@@ -30,3 +30,13 @@ class ApiError(Exception):
 def bad(param: str, message: str, code: str | None = None) -> ApiError:
     """A field's value that cannot be followed."""
     return ApiError(400, message, param=param, code=code)
+
+
+def busy(message: str) -> ApiError:
+    """More is asked for than can wait."""
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+
+
+def ending(headers: dict[str, str] | None = None) -> ApiError:
+    """The server answers no more."""
+    return ApiError(503, "the server is shutting down", headers={"Retry-After": "10", **(headers or {})})

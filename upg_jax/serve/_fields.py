@@ -27,9 +27,15 @@ def parse_object(body: bytes) -> dict[str, Any]:
 class Fields:
     """Reads fields; null counts as absent. What was never read is refused by `finish`."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
+    def __init__(self, values: dict[str, Any], where: str = "") -> None:
+        """Begins to read an object; complaints put `where` before the names of its fields."""
+        self._values, self._where = values, where
         self._read: set[str] = set()
+
+    def bad(self, name: str, rule: str, code: str | None = None) -> ApiError:
+        """A field that does not follow a rule."""
+        name = self._where + name
+        return bad(name, f"{name!r} {rule}", code)
 
     def get(self, name: str) -> Any:
         """A field of any type, None if absent."""
@@ -40,14 +46,14 @@ class Fields:
         """A text that must be there."""
         value = self.get(name)
         if not isinstance(value, str):
-            raise bad(name, f"{name!r} must be a string; got {_kind(value)}")
+            raise self.bad(name, f"must be a string; got {_kind(value)}")
         return value
 
     def flag(self, name: str) -> bool:
         """True or false; false if absent."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise bad(name, f"{name!r} must be true or false; got {_kind(value)}")
+            raise self.bad(name, f"must be true or false; got {_kind(value)}")
         return bool(value)
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float | None:
@@ -56,9 +62,9 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise bad(name, f"{name!r} must be a number; got {_kind(value)}")
+            raise self.bad(name, f"must be a number; got {_kind(value)}")
         if not low <= value <= high or math.isnan(value):
-            raise bad(name, f"{name!r} must be in [{low:g}, {high:g}]; got {_short(value)}")
+            raise self.bad(name, f"must be in [{low:g}, {high:g}]; got {_short(value)}")
         return float(value)
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
@@ -68,9 +74,9 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int):
             got = _short(value) if isinstance(value, float) else _kind(value)
-            raise bad(name, f"{name!r} must be an integer; got {got}")
+            raise self.bad(name, f"must be an integer; got {got}")
         if not low <= value <= high:
-            raise bad(name, f"{name!r} must be in [{low}, {high}]; got {_short(value)}")
+            raise self.bad(name, f"must be in [{low}, {high}]; got {_short(value)}")
         return value
 
     def strings(self, name: str, most: int) -> tuple[str, ...]:
@@ -78,16 +84,16 @@ class Fields:
         value = self.get(name)
         found = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(found, list) or not all(isinstance(s, str) and s for s in found):
-            raise bad(name, f"{name!r} must be a non-empty string or a list of them")
+            raise self.bad(name, "must be a non-empty string or a list of them")
         if len(found) > most:
-            raise bad(name, f"{name!r} may have {most} strings; got {len(found)}")
+            raise self.bad(name, f"may have {most} strings; got {len(found)}")
         return tuple(found)
 
     def neutral(self, name: str, *values: Any) -> None:
         """A feature that this server does not have, with the values that do not ask for it."""
         value = self.get(name)
         if value is not None and value not in values:
-            raise bad(name, f"{name!r} is not supported by this server", "unsupported_parameter")
+            raise self.bad(name, "is not supported by this server", "unsupported_parameter")
 
     def ignore(self, *names: str) -> None:
         """Fields that change no answer."""
@@ -97,7 +103,7 @@ class Fields:
         """Refuses fields that nobody read."""
         for name in self._values.keys() - self._read:
             shown = name[:100].encode("utf-8", "replace").decode()  # JSON has names that are no text
-            raise bad(shown, f"unknown field {shown!r}", "unknown_parameter")
+            raise self.bad(shown, "is not a field that this server knows", "unknown_parameter")
 
 
 def _kind(value: Any) -> str:

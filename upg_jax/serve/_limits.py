@@ -1,8 +1,9 @@
-"""What a server refuses, so that no request can hold more than its share."""
+"""What a server refuses, so that no request can hold more than its share, and who may send requests at all."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,10 +14,22 @@ class Limits:
         body_bytes: a request's body.
         choices: answers that one request may ask for, over all its prompts.
         seconds: that a request may take, waiting included; then it fails.
+        body_seconds: that a request's body may take to come.
         shutdown_seconds: that requests may take to finish after the server is told to end.
     """
 
     body_bytes: int = 1 << 20
     choices: int = 32
     seconds: float = 600.0
+    body_seconds: float = 30.0
     shutdown_seconds: float = 30.0
+
+
+def check_key(api_key: str | None) -> None:
+    """Refuses keys that no client can send: HTTP's headers, and OpenAI's client, know ASCII only.
+
+    Raises:
+        ValueError: for such a key.
+    """
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise ValueError("serve: an API key must be one or more visible ASCII characters; choose another")

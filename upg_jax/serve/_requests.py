@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from upg_jax._errors import UPGError
-from upg_jax.inference import GenerationSettings, Tokenizer, UPGModel
+from upg_jax.inference import GenerationSettings, UPGModel
 from upg_jax.serve._errors import ApiError, bad
 from upg_jax.serve._fields import Fields
+from upg_jax.serve._prompts import chat_prompt, completion_prompts
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SEEDS = 2**63
 
 
@@ -45,7 +44,7 @@ def parse_chat(values: dict[str, Any], model: UPGModel, name: str, context: int,
     """
     fields = Fields(values)
     _check_model(fields, name)
-    prompt = _chat_prompt(fields, model)
+    prompt = chat_prompt(fields, model)
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 20)
     if top is not None and not wanted:
         raise bad("top_logprobs", "'top_logprobs' needs 'logprobs': true")
@@ -68,7 +67,7 @@ def parse_completion(values: dict[str, Any], model: UPGModel, name: str, context
     """
     fields = Fields(values)
     _check_model(fields, name)
-    prompts = _prompts(fields, model)
+    prompts = completion_prompts(fields, model)
     top = fields.integer("logprobs", 0, 5)
     limit = fields.integer("max_tokens", 1, context, 16)
     fields.neutral("suffix", "")
@@ -105,7 +104,7 @@ def _job(
     options = fields.get("stream_options")
     if options is not None and (not stream or not isinstance(options, dict)):
         raise bad("stream_options", "'stream_options' must be an object, and needs 'stream': true")
-    inner = Fields(options or {})
+    inner = Fields(options or {}, "stream_options.")
     include_usage = inner.flag("include_usage")
     inner.ignore("include_obfuscation")
     inner.finish()
@@ -162,83 +161,6 @@ def _check_model(fields: Fields, name: str) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-def _chat_prompt(fields: Fields, model: UPGModel) -> list[int]:
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise bad("messages", "'messages' must be a list of at least one message")
-    tokenizer = _tokenizer(model, "messages")
-    plain = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    try:
-        return model.encode(tokenizer.encode_chat(plain))
-    # The model's template has rules of its own, and a tokenizer may have more tokens than the model.
-    except (UPGError, ValueError) as e:
-        raise bad("messages", str(e)) from e
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise bad(where, f"{where} must be an object")
-    role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
-        raise bad(f"{where}.role", f"{where}.role must be one of {', '.join(_ROLES)}")
-    if isinstance(content, list):
-        for i, part in enumerate(content):
-            if (
-                not isinstance(part, dict)
-                or part.get("type") != "text"
-                or not isinstance(part.get("text"), str)
-            ):
-                at = f"{where}.content[{i}]"
-                raise bad(
-                    at, f"{at} must be an object of type 'text' with a 'text'; this model reads nothing else"
-                )
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise bad(f"{where}.content", f"{where}.content must be a string or a list of parts")
-    _check_unicode(content, f"{where}.content")
-    # "developer" is OpenAI's newer name for what templates call "system".
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _prompts(fields: Fields, model: UPGModel) -> list[list[int]]:
-    prompt = fields.get("prompt")
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    prompts = prompt if several else [prompt]
-    if len(prompts) > 1024:
-        raise bad("prompt", "'prompt' has too many prompts")
-    found = []
-    for one in prompts:
-        ids = isinstance(one, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in one)
-        if not isinstance(one, str) and not ids:
-            raise bad("prompt", "'prompt' must be a string, a list of token ids, or a list of either")
-        if isinstance(one, str):
-            _tokenizer(model, "prompt")
-            _check_unicode(one, "prompt")
-        elif any(not 0 <= i < model.config.vocab_size for i in one):
-            raise bad("prompt", f"token ids must be in [0, {model.config.vocab_size})")
-        if not one:
-            raise bad("prompt", "'prompt' must not be empty")
-        try:
-            found.append(model.encode(one))
-        except ValueError as e:
-            raise bad("prompt", str(e)) from e
-    return found
-
-
-def _check_unicode(text: str, param: str) -> None:
-    # JSON can spell halves of characters, which no tokenizer takes.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise bad(param, f"{param} has a lone surrogate, which is no character") from None
-
-
-def _tokenizer(model: UPGModel, param: str) -> Tokenizer:
-    if model.tokenizer is None:
-        raise bad(param, "this model has no tokenizer; send token ids to /v1/completions")
-    return model.tokenizer
 
 
 def _logit_bias(fields: Fields, model: UPGModel) -> dict[int, float]:

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from upg_jax._errors import UPGError
 from upg_jax.inference import Engine
 from upg_jax.serve._limits import Limits
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn's, which takes no more requests as soon as it is told to end, but finishes those it has."""
+class _Protocol(H11Protocol):
+    """Uvicorn's, which says nothing more to a client once it has refused what that sent.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, limits: Limits) -> None:
+    Its own sends an answer that the application gives meanwhile, or a second refusal, which h11 takes for a mistake.
+    """
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        with contextlib.suppress(h11.LocalProtocolError):
+            super().send_400_response(msg)
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's, which takes no more requests as soon as it is told to end, but finishes those it has.
+
+    It ends by itself when the engine has failed.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, limits: Limits, ended: asyncio.Event) -> None:
         super().__init__(config)
-        self._engine, self._limits = engine, limits
+        self._engine, self._limits, self._ended = engine, limits, ended
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._engine.failure is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ended.set()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
@@ -51,7 +80,14 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: ASGIApp, engine: Engine, listener: socket.socket, limits: Limits) -> None:
+def configuration(app: Starlette, *, log_level: str = "warning", **more: Any) -> uvicorn.Config:
+    """How uvicorn is to serve an application."""
+    return uvicorn.Config(
+        app, http=_Protocol, log_level=log_level, lifespan="off", ws="none", server_header=False, **more
+    )
+
+
+def run(app: Starlette, engine: Engine, listener: socket.socket, limits: Limits) -> None:
     """Serves an application until a signal (SIGTERM, Ctrl-C), then finishes or ends its streams, and closes the engine.
 
     Args:
@@ -59,19 +95,22 @@ def run(app: ASGIApp, engine: Engine, listener: socket.socket, limits: Limits) -
         engine: the application's.
         listener: from `bind`; closed at the end.
         limits: the application's.
+
+    Raises:
+        UPGError: if the engine failed, so that whatever watches over this process starts it again.
     """
-    config = uvicorn.Config(
+    config = configuration(
         app,
-        log_level="warning",
-        lifespan="off",
-        ws="none",
-        server_header=False,
         # Streams have ended by then with an error of ours; this is for clients that do not read it.
         timeout_graceful_shutdown=int(limits.shutdown_seconds) + 5,
     )
     try:
         # Uvicorn raises the signal that ended it once more.
         with contextlib.suppress(KeyboardInterrupt):
-            _Server(config, engine, limits).run([listener])
+            _Server(config, engine, limits, app.state.ended).run([listener])
     finally:
         engine.close()
+    if engine.failure is not None:
+        raise UPGError(
+            f"serve: the engine failed: {engine.failure!r}; its traceback was logged before; start the server again"
+        ) from engine.failure
