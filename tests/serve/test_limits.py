@@ -76,7 +76,6 @@ def test_time_that_tokenizing_takes_counts(engine, idle, slow_tokenizer):
         timer.start()
         assert httpx.post(f"http://{host}:{port}{CHAT}", json=SHORT, timeout=60).status_code == 504
         timer.join()
-        assert httpx.post(f"http://{host}:{port}{CHAT}", json=SHORT, timeout=60).status_code == 200
     assert idle()
 
 

@@ -122,8 +122,8 @@ class Server:
     async def _answer(self, request: Request, parse: Callable[..., Job]) -> Response:
         engine, limits = self._engine, self._limits
         deadline = asyncio.get_running_loop().time() + limits.seconds
-        seconds = min(limits.body_seconds, limits.seconds)
-        job = await self._understood(await read_body(request, limits.body_bytes, seconds, self.ended), parse)
+        body = await read_body(request, limits.body_bytes, limits.body_seconds, self.ended)
+        job = await self._understood(body, parse)
         running = Running(job, engine, self._metrics, deadline)
         writer = Writer(job, self._name, engine.model.tokenizer)
         if job.stream:
