@@ -102,8 +102,8 @@ FULL = {
     "padding is at the row's end": (good(delta_indices=put(6, 0)), "row 2.*value 0.*got delta 0"),
     "a bridging filler leads to a weight": (good(delta_indices=put(2, 255)), "row 0.*stored weight after it"),
     "a bridging filler does not end a row": (
-        good(values=put(7, 0), delta_indices=put(7, 255), shape=(3, 1000)),
-        "row 2",
+        good(values=put(7, 0), delta_indices=put(7, 255), prime_indices=put(7, 0), shape=(3, 1000)),
+        "row 2.*stored weight after it",
     ),
     "prime indices are below 10000": (
         good(prime_indices=put(5, 10_000)),

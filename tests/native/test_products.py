@@ -81,6 +81,16 @@ def test_every_number_of_vectors(n, index, kernels):
     check(layer, x, g)
 
 
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_rows_that_outnumber_columns_are_added_up_in_parts(n, index, kernels):
+    rng = np.random.default_rng(n)
+    layer = layer_of((300, 9), 0.5, "unit", index=index)
+    x = jnp.asarray(rng.standard_normal((n, 9)).astype(np.float32))
+    g = jnp.asarray(rng.standard_normal((n, 300)).astype(np.float32))
+    check(layer, x, g)
+
+
 def test_more_vectors_than_one_walk_takes(kernels):
     rng = np.random.default_rng(0)
     layer = layer_of((5, 9), 0.5, "prime")
