@@ -28,6 +28,7 @@ from upg_jax import (
 )
 from upg_jax._encode import encode_dense
 from upg_jax._pack import choose_index
+from upg_jax._quantize_groups import choose_multipliers
 from upg_jax._validate import validate
 from upg_jax._values import pack_values, unpack_values
 
@@ -94,6 +95,11 @@ def test_the_encoder_takes_the_multipliers_that_the_format_names(bits, group_siz
         levels, scale = encoded_by_hand(w[row], bits, group_size)
         assert layer.scales[row] == scale
         np.testing.assert_array_equal(unscaled[row], levels)
+
+
+def test_of_equally_good_multipliers_the_first_is_taken():
+    # 3 makes 9, 3, 3, 3 of them and 2 makes 6, 2, 2, 2: squared errors of 4, both.
+    assert choose_multipliers(np.array([8, 2, 2, 2], np.float32), 3, np) == 3
 
 
 @st.composite

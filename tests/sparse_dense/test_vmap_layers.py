@@ -157,3 +157,17 @@ def test_vmap_over_some_planes_of_a_stack(mapped, group, one_backend):
     expected = [one({n: a[i] if n in mapped else a for n, a in operands.items()}) for i in range(2)]
     # The sums are taken in the same order; only where the scale is multiplied differs.
     np.testing.assert_allclose(y, np.stack(expected), rtol=2.0**-22)
+
+
+def test_vmap_over_scales_with_a_layer_for_each_group_of_several_vectors(one_backend):
+    cases = parts("prime")
+    layer, chosen = stacked(*cases), np.array([2, 0, 3])
+    scales = np.random.default_rng(0).uniform(0.5, 1.5, (2, 4, 7)).astype(np.float32)
+    x = cases[0].x(3, 2)
+    over_scales = jax.vmap(lambda s: sparse_dense(x, dataclasses.replace(layer, scales=s), index=chosen))
+    assert_within_bound(
+        jax.jit(over_scales)(scales),
+        lambda x, w, s: np.einsum("gni,goi,bgo->bgno", x, w, s),
+        *(x, np.stack([case.levels for case in cases])[chosen], scales[:, chosen]),
+        terms=terms(cases),
+    )
