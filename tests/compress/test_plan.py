@@ -99,6 +99,23 @@ def test_warnings_name_measured_quality_and_size(source, density, manifold, expe
         assert text in warning
 
 
+@pytest.mark.parametrize(
+    ("density", "rule", "expected"),
+    [
+        (0.5, 0.5, "to density 0.5 ruins"),
+        (0.7, 0.36, None),
+        (0.9, 0.2, "to densities from 0.2, "),
+        (0.4, 0.6, "to densities from 0.4, "),
+    ],
+)
+def test_warning_of_harm_goes_by_the_average_and_the_lowest_density(source, density, rule, expected):
+    rules = (Rule("down_proj", rule),)
+    warnings = plan(open_checkpoint(source), Settings(density=density, rules=rules)).warnings
+    harm = [w for w in warnings if "one-shot pruning" in w]
+    assert len(harm) == (expected is not None)
+    assert expected is None or expected in harm[0]
+
+
 def test_nothing_to_compress_is_an_error(source):
     with pytest.raises(EncodingError, match="no tensor is left to compress"):
         plan(open_checkpoint(source), Settings(density=0.5, rules=(Rule.keep_dense("."),)))

@@ -217,13 +217,19 @@ def _item(
 def _warnings(tensors: list[TensorPlan], method: Method) -> list[str]:
     pruned = linears(tensors)
     warnings = []
-    lowest = min((t.encoding.density for t in pruned), default=1.0)
-    if lowest <= _WARN_AT:
+    densities = [t.encoding.density for t in pruned] or [1.0]
+    average = sum(t.encoding.density * t.num_weights for t in pruned) / max(
+        sum(t.num_weights for t in pruned), 1
+    )
+    lowest, equal = min(densities), len(set(densities)) == 1
+    # Densities by matrix go down to half the average, and are better than equal ones.
+    if lowest <= (_WARN_AT if equal or average <= _WARN_AT else _WARN_AT / 2):
+        reached = f"density {lowest:g}" if equal else f"densities from {lowest:g}, {average:.2f} on average,"
         measured = ", ".join(f"{p} at density {d}" for d, p in MEASURED_PERPLEXITY[method].items())
         harm = "ruins most models" if method == "magnitude" else "harms most models"
         advice = "choose another --method, and measure" if method == "magnitude" else "measure"
         warnings.append(
-            f"one-shot pruning by {method} to density {lowest} {harm}: SmolLM2-135M's perplexity went from "
+            f"one-shot pruning by {method} to {reached} {harm}: SmolLM2-135M's perplexity went from "
             f"{DENSE_PERPLEXITY} (nothing pruned) to {measured}; {advice} the result (`upg-jax eval`)"
         )
     bits = bits_per_weight(pruned)
