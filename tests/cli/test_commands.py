@@ -266,6 +266,36 @@ def test_compress_shares_the_density_out(upg_jax, gguf_model, tmp_path):
     assert min(densities) < 0.4 < max(densities)
 
 
+def test_measuring_begins_only_where_the_result_can_go_and_may_be_interrupted(
+    upg_jax, gguf_model, tmp_path, monkeypatch
+):
+    (tmp_path / "book.txt").write_text("he said that she said that he was there, and so on. " * 40)
+    options = [
+        "--density",
+        "0.4",
+        "--allocate",
+        "--calibration",
+        "book.txt",
+        "--windows",
+        "8",
+        "--window",
+        "100",
+    ]
+
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upg_jax.compress.allocate", interrupted)
+    (tmp_path / "taken").mkdir()
+    refused = upg_jax("compress", gguf_model, "taken", *options)
+    assert refused.returncode == 1
+    assert "exists and is not a compressed model" in refused.stderr
+    stopped = upg_jax("compress", gguf_model, "out", *options)
+    assert stopped.returncode == 130
+    assert "interrupted while measuring; the same command measures again" in stopped.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_calibration_without_a_method_for_it_is_refused(upg_jax, gguf_model):
     result = upg_jax("compress", gguf_model, "out", "--density", "0.5", "--calibration", "book.txt")
     assert result.returncode == 1

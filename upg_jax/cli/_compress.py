@@ -52,8 +52,8 @@ def compress(
         bool,
         typer.Option(
             "--allocate",
-            help="Measure what pruning each matrix costs and share the density out by that. Same size, better model; "
-            "decodes somewhat slower.",
+            help="Measure what pruning each matrix costs and share the density out by that. A better model, as many "
+            "weights; decodes somewhat slower.",
         ),
     ] = False,
     rule: Annotated[
@@ -115,6 +115,7 @@ def compress(
     from upg_jax._errors import EncodingError
     from upg_jax.cli._output import bytes_progress, print_json, stderr
     from upg_jax.compress import CALIBRATED, Rule, Settings, compress_checkpoint, plan
+    from upg_jax.compress._pipeline import check_destination
     from upg_jax.io import open_checkpoint
 
     rules = [Rule.keep_dense(pattern) for pattern in keep_dense or []] + [
@@ -145,7 +146,13 @@ def compress(
         )
     if allocate:
         assert tokens is not None
-        settings = _allocated(checkpoint, settings, tokens)
+        if not dry_run:
+            check_destination(checkpoint, destination, force)
+        try:
+            settings = _allocated(checkpoint, settings, tokens)
+        except KeyboardInterrupt:
+            stderr.print("interrupted while measuring; the same command measures again")
+            raise typer.Exit(130) from None
     planned = plan(checkpoint, settings)
     for warning in planned.warnings:
         stderr.print(Text.assemble(("warning: ", "yellow"), warning))

@@ -102,8 +102,9 @@ class Partial:
         for key in ("tool", "settings"):
             if state.get(key) != made[key]:
                 raise CheckpointError(
-                    f"compress: {self.path} is from a run with another {key}: {state.get(key)!r}, now "
-                    f"{made[key]!r}; go on as it was begun, or begin anew with --restart (restart=True)"
+                    f"compress: {self.path} is from a run with another {key}: "
+                    f"{_difference(state.get(key), made[key])}; go on as it was begun, or begin anew with --restart "
+                    "(restart=True)"
                 )
         self._parts.mkdir(parents=True, exist_ok=True)
         times = [time for _, _, time in stats]
@@ -218,6 +219,20 @@ class PartialTensors(Mapping[str, MdCSR | np.ndarray]):
         before, self._accesses[name] = self._accesses[name], self._accesses[name] + 1
         share = [tensor.nbytes * n // (1 + planes) for n in (before, before + 1)]
         self._meter.add(share[1] - share[0], name)
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What of two values differs; of mappings and lists, which may be long, the first item that does."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in before | now if before.get(key) != now.get(key)]
+        return "; ".join(f"{key} {_difference(before.get(key), now.get(key))}" for key in keys)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]]
+        more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+        return f"{pairs[0][0]!r}, now {pairs[0][1]!r}{more}"
+    if isinstance(before, list) and isinstance(now, list):
+        return f"{len(before)} in number, now {len(now)}"
+    return f"{before!r}, now {now!r}"
 
 
 def _sha256(path: Path, meter: Meter) -> str:

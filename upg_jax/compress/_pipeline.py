@@ -239,6 +239,17 @@ def _check_destination(destination: Path, may_exist: bool) -> None:
             raise _in_the_way(destination)
 
 
+def check_destination(checkpoint: Checkpoint, destination: Path, force: bool) -> None:
+    """What ends `compress_checkpoint` before it begins, for those who work long before they call it.
+
+    Raises:
+        CheckpointError: if the destination is in the way, or lies in the source.
+    """
+    destination = Path(os.path.realpath(destination))
+    _check_place(checkpoint, destination)
+    _check_destination(destination, force or Partial(destination).exists())
+
+
 def _in_the_way(destination: Path) -> CheckpointError:
     return CheckpointError(
         f"compress: {destination} is a compressed model already; choose another name, or replace it with "
