@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import llama
 
-from upg_jax import EncodingError, UPGDecompressor
+from upg_jax import CheckpointError, EncodingError, UPGDecompressor
 from upg_jax.compress import Calibration, Rule, Settings, _allocation, allocate, compress_checkpoint, plan
 from upg_jax.io import open_checkpoint
 
@@ -71,7 +71,7 @@ def test_costs_are_those_of_transformers(name, monkeypatch):
     checkpoint = open_checkpoint(make(name)[1])
     chosen = Settings(density=0.5, method="wanda", embedding="float")
     costs = _allocation.measure(checkpoint, chosen, Calibration(IDS, "random"))
-    ids = IDS[::2][:4]
+    ids = IDS[[0, 1, 2, 3]]
     assert costs.densities == (0.5, 0.7)
     for block, cost in enumerate(costs.blocks):
         expected = expected_cost(name, ids, 0.5, lambda key, block=block: f".layers.{block}." in key)
@@ -88,12 +88,13 @@ def measured(draw):
     cost = st.floats(1e-6, 3.0)
     low = draw(st.floats(0.05, 0.9))
     names = {f"{b}.{k}": (b, str(k)) for b in range(blocks) for k in range(kinds)}
+    sizes = [draw(st.integers(1, 10**6)) for _ in range(kinds)]
     return _allocation.Costs(
         (low, low + (1 - low) / 4),
         [draw(cost) for _ in range(blocks)],
         {str(k): (c := draw(cost), c * draw(st.floats(0.01, 0.99))) for k in range(kinds)},
         names,
-        {name: draw(st.integers(1, 10**6)) for name in names},
+        {name: sizes[int(kind)] for name, (_, kind) in names.items()},
     )
 
 
@@ -123,6 +124,17 @@ def test_shares_keep_the_total_and_gain_the_same_everywhere(costs, density):
         np.testing.assert_allclose(gains[inside], level, atol=1e-3)
         assert (gains[d <= least + 1e-6] <= level + 1e-3).all()
         assert (gains[d >= most - 1e-6] >= level - 1e-3).all()
+
+
+def test_block_that_a_rule_left_one_matrix_is_not_taken_to_be_cheap():
+    # Pruning costs as much in both blocks, three times as much in a as in b; a of the first block has a rule.
+    places = {"0.b": (0, "b"), "1.a": (1, "a"), "1.b": (1, "b")}
+    costs = _allocation.Costs(
+        (0.5, 0.7), [1.0, 4.0], {"a": (3.0, 0.6), "b": (2.0, 0.4)}, places, dict.fromkeys(places, 64)
+    )
+    found = _allocation.shares(costs, 0.5)
+    assert found["0.b"] == pytest.approx(found["1.b"])
+    assert found["1.a"] > found["1.b"]
 
 
 CALIBRATION = Calibration(np.random.default_rng(5).integers(0, llama.VOCABULARY, (6, 32)), "random tokens")
@@ -181,8 +193,68 @@ def test_nothing_to_share_out_leaves_the_settings(source):
     assert allocate(source, chosen, CALIBRATION) == chosen
 
 
-def test_progress_counts_every_weight(source):
+def test_experts_cost_what_their_block_and_kind_cost(monkeypatch):
+    monkeypatch.setattr(_allocation, "best_precision", lambda: "float32")
+    checkpoint, seen = open_checkpoint(make("mixtral")[1]), []
+    chosen = Settings(density=0.5, rules=(Rule.keep_dense(r"layers\.0\.|self_attn"),))
+    costs = _allocation.measure(checkpoint, chosen, Calibration(IDS, "random"), seen.append)
+    # With one block and the kinds of its experts alone free, pruning the block is pruning all of them.
+    assert costs.blocks[0] == 0.0
+    assert sorted(costs.kinds) == sorted({kind for _, kind in costs.places.values()})
+    assert len(costs.places) == 3 * 5
+    assert 0 < max(first for first, _ in costs.kinds.values()) < 2 * costs.blocks[1]
+    assert all(second < first for first, second in costs.kinds.values())
+    assert seen[-1].done == seen[-1].total
+
+
+def test_progress_counts_every_weight_as_often_as_it_is_used(source):
     seen = []
     allocate(source, Settings(density=0.4), CALIBRATION, progress=seen.append)
     assert {p.stage for p in seen} == {"measure"}
     assert seen[-1].done == seen[-1].total
+    runs = [p.name for p in seen]
+    # Dense, two densities of seven kinds, and one more for each block pruned so far; then the predictions of them all.
+    assert [runs.count(name) for name in ("block 0", "block 1", "head")] == [16, 17, 17]
+
+
+@pytest.mark.parametrize(("windows", "tokens"), [(1, 1), (9, 200)])
+def test_few_and_short_windows_do(source, windows, tokens):
+    ids = np.random.default_rng(0).integers(0, llama.VOCABULARY, (windows, tokens))
+    found = allocate(source, Settings(density=0.5), Calibration(ids, "random"))
+    assert len(found.rules) == 7 * llama.LAYERS
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    weights = llama.weights()
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    broken = llama.write_hugging_face(tmp_path / "hf", weights)
+    with pytest.raises(
+        EncodingError, match=r"must be a finite number; got nan; the checkpoint may have weights"
+    ):
+        allocate(broken, Settings(density=0.5), CALIBRATION)
+
+
+def test_matrix_that_the_model_never_runs_is_named(tmp_path):
+    weights = llama.weights() | {"extra.weight": np.ones((8, 8), np.float32)}
+    odd = llama.write_hugging_face(tmp_path / "hf", weights)
+    with pytest.raises(EncodingError, match=r"never reaches tensor 'extra\.weight'; keep it dense by a rule"):
+        allocate(odd, Settings(density=0.5), CALIBRATION)
+    found = allocate(odd, Settings(density=0.5, rules=(Rule.keep_dense("extra"),)), CALIBRATION)
+    assert len(found.rules) == 1 + 7 * llama.LAYERS
+
+
+def test_work_with_other_densities_is_refused_by_naming_one(tmp_path, source):
+    def settings(change):
+        rules = (Rule("up_proj", 0.5), Rule("q_proj", 0.4 + change), Rule("k_proj", 0.3 + change))
+        return Settings(density=0.5, embedding="float", rules=rules)
+
+    def stop(progress):
+        if progress.stage == "encode":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(source, tmp_path / "out", settings(0.0), progress=stop)
+    with pytest.raises(
+        CheckpointError, match=r"rules \['q_proj', 0.4\], now \['q_proj', 0.41\d*\] \(and 1 more\); go"
+    ):
+        compress_checkpoint(source, tmp_path / "out", settings(0.01))

@@ -16,7 +16,7 @@ class Progress:
 
     Attributes:
         stage: `"measure"` (what pruning costs, by `allocate`), `"hash"` (of the sources), `"encode"` or `"write"`.
-        name: the file or tensor at hand.
+        name: the file, tensor or block at hand.
         done: bytes done in this stage, those that an earlier run did included.
         total: bytes of this stage.
         rate: bytes a second in this run; 0.0 until it is known.
