@@ -44,8 +44,8 @@
 #define STAGED(X) X
 #endif
 
-#if defined(__CUDACC__) && BATCH_WORDS >= 4
-// Long rows are read ahead by the L2 cache; for short ones that takes longer.
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800 && BATCH_WORDS >= 4
+// Long rows are read ahead by the L2 cache; for short ones that takes longer. Older GPUs lack the hint.
 static inline uint word_at(device const uchar* from) {
     uint word;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.b32 %0, [%1];" : "=r"(word) : "l"(from));

@@ -93,6 +93,19 @@ def test_float32_vectors_meet_narrow_levels_as_three_bfloat16_ones():
     parts = _cuda_lowering._three_parts(x)
     assert {part.dtype for part in parts} == {jnp.dtype("bfloat16")}
     np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in parts), x)
+    largest = jnp.finfo(jnp.float32).max
+    assert sum(float(part) for part in _cuda_lowering._three_parts(largest)) == largest
+
+
+@pytest.mark.parametrize(
+    ("layers", "vectors", "scatters"), [(1, 1, False), (1, 4, False), (40, 1, True), (40, 4, True)]
+)
+def test_gradients_scatter_where_dense_levels_would_take_gigabytes(layers, vectors, scatters):
+    work = metal_ops.Work(
+        operation="transposed", rows=35840, columns=5120, capacity=18_350_080, layers=layers, groups=layers,
+        vectors=vectors, manifold="unit", dtype="bfloat16",
+    )  # fmt: skip
+    assert _cuda_lowering._dense_is_faster(work) is not scatters
 
 
 def test_groups_that_share_a_layer_scatter_their_gradients():

@@ -224,3 +224,13 @@ def test_text_that_is_not_unicode_is_refused():
     """What Python makes of a terminal's bytes that are not UTF-8."""
     with pytest.raises(ValueError, match="valid Unicode"):
         Tokenizer(byte_level()).encode("a\udcffb")
+
+
+def test_truncation_and_padding_that_a_file_brings_cut_and_fill_nothing(tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_str(byte_level().to_str())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = " ".join(TEXTS)
+    assert Tokenizer.from_directory(tmp_path).encode(text) == byte_level().encode(text).ids
+    assert len(byte_level().encode(text).ids) > 4

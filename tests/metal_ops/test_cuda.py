@@ -16,7 +16,7 @@ def nvrtc():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 @pytest.mark.parametrize("kernel", metal.KERNELS)
 def test_every_kernel_compiles(kernel, architecture):
     source = metal_ops.load_source(kernel)

@@ -30,6 +30,9 @@ _ELEMENTS = ("float32", "bfloat16", "float16")
 # million entries, and a million weights times vectors. Float32 vectors meet narrow levels three times.
 _DENSE_COST = {"narrow": (1.5, 1.75, 0.0012), "three": (1.5, 1.75, 0.004), "float32": (3.3, 4.0, 0.038)}
 _MAX_GROUPS = 65_535
+# Bytes of dense levels: beyond, memory counts for more than time.
+_MAX_LEVELS = 2 << 30
+_LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 
 
 def lowering(implementation: Callable[..., jax.Array], otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,11 +145,12 @@ def _work(
 
 
 def _dense_is_faster(work: metal_ops.Work) -> bool:
-    # Groups that share a layer would decode it again.
-    if work.groups > work.layers:
+    # More groups than layers: some would decode the same layer again.
+    level_bytes = 2 if work.manifold == "unit" else 4
+    if work.groups > work.layers or work.groups * work.rows * work.columns * level_bytes > _MAX_LEVELS:
         return False
     if work.operation == "transposed":
-        return True
+        return work.manifold == "unit" or work.vectors > 1
     plan = _product_plan(work, "float32")
     passes = math.ceil(plan.steps[0].threadgroups[1] / plan.parts)
     if passes == 1:
@@ -210,7 +214,8 @@ def _three_parts(x: jax.Array) -> list[jax.Array]:
     """The smallest first, of 8 bits each: their sum is `x`."""
     parts: list[jax.Array] = []
     for _ in range(3):
-        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        # The largest float32 would round to infinity.
+        part = jnp.clip(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7), -_LARGEST, _LARGEST)
         parts.insert(0, part.astype(jnp.bfloat16))
         x = x - part
     return parts

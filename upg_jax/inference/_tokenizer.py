@@ -59,6 +59,9 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the package raises plain Exception
             raise CheckpointError(f"{path}: is not a tokenizer that the package tokenizers reads: {e}") from e
+        # Left in the file by training; a prompt is neither cut nor filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         config = _read_json(directory / "tokenizer_config.json")
         special = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
         return cls(tokenizer, special, _chat_template(directory, config))
@@ -86,7 +89,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             raise ValueError("Tokenizer.encode: text must be valid Unicode (is the input UTF-8?)") from e
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch, which lets other threads run meanwhile: a long text would hold up a server's other answers.
+        return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD."""
