@@ -124,8 +124,8 @@ class Server:
         deadline = asyncio.get_running_loop().time() + limits.seconds
         body = await read_body(request, limits.body_bytes, limits.body_seconds, self.ended)
         job = await self._understood(body, parse)
-        running = Running(job, engine, self._metrics, deadline)
         writer = Writer(job, self._name, engine.model.tokenizer)
+        running = Running(job, engine, self._metrics, deadline)
         if job.stream:
             return EventStream(_events(job, running, writer), running.end, deadline)
         try:
