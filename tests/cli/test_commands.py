@@ -242,22 +242,18 @@ def test_compress_calibrates_on_a_text(upg_jax, gguf_model, tmp_path):
     assert (settings["calibration"]["windows"], settings["calibration"]["tokens"]) == (8, 100)
 
 
-def test_compress_shares_the_density_out(upg_jax, gguf_model, tmp_path):
+@pytest.fixture
+def allocating(tmp_path):
+    """Options of `compress` that share the density out by a text in the directory."""
     (tmp_path / "book.txt").write_text("he said that she said that he was there, and so on. " * 40)
-    options = [
-        "--density",
-        "0.4",
-        "--allocate",
-        "--calibration",
-        "book.txt",
-        "--windows",
-        "8",
-        "--window",
-        "100",
-    ]
-    planned = upg_jax("compress", gguf_model, "out", *options, "--dry-run", "--json")
+    text = ["--calibration", "book.txt", "--windows", "8", "--window", "100"]
+    return ["--density", "0.4", "--allocate", *text]
+
+
+def test_compress_shares_the_density_out(upg_jax, gguf_model, tmp_path, allocating):
+    planned = upg_jax("compress", gguf_model, "out", *allocating, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
-    made = upg_jax("compress", gguf_model, "out", *options, "--json")
+    made = upg_jax("compress", gguf_model, "out", *allocating, "--json")
     assert made.returncode == 0, made.stderr
     with UPGDecompressor.from_safetensors(tmp_path / "out") as model:
         rules = dict(model.provenance["settings"]["rules"])
@@ -267,30 +263,17 @@ def test_compress_shares_the_density_out(upg_jax, gguf_model, tmp_path):
 
 
 def test_measuring_begins_only_where_the_result_can_go_and_may_be_interrupted(
-    upg_jax, gguf_model, tmp_path, monkeypatch
+    upg_jax, gguf_model, tmp_path, monkeypatch, allocating
 ):
-    (tmp_path / "book.txt").write_text("he said that she said that he was there, and so on. " * 40)
-    options = [
-        "--density",
-        "0.4",
-        "--allocate",
-        "--calibration",
-        "book.txt",
-        "--windows",
-        "8",
-        "--window",
-        "100",
-    ]
-
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("upg_jax.compress.allocate", interrupted)
     (tmp_path / "taken").mkdir()
-    refused = upg_jax("compress", gguf_model, "taken", *options)
+    refused = upg_jax("compress", gguf_model, "taken", *allocating)
     assert refused.returncode == 1
     assert "exists and is not a compressed model" in refused.stderr
-    stopped = upg_jax("compress", gguf_model, "out", *options)
+    stopped = upg_jax("compress", gguf_model, "out", *allocating)
     assert stopped.returncode == 130
     assert "interrupted while measuring; the same command measures again" in stopped.stderr
     assert not list(tmp_path.glob("out*"))

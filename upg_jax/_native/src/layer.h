@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// For what an inner loop does at every entry: a call of `gather` takes a product twice its time.
+// For what an inner loop does at every entry, which a call would take longer than.
 #define UPG_INLINE __attribute__((always_inline)) inline
 
 namespace upg {
