@@ -31,6 +31,7 @@ from upg_jax.cli._measure import bandwidth, take_turns, usable_threads
 LARGE = ((5120, 5120), (35840, 5120), (5120, 17920))
 SMALL = ((576, 576), (1536, 576))
 DENSITIES = (0.1, 0.5, 0.05, 0.2, 0.3, 0.7, 1.0)
+CROSSINGS = (0.1, 0.15, 0.18, 0.2, 0.22, 0.25, 0.3, 0.6, 0.7, 0.8, 0.9)
 BATCHES = (1, 4, 16, 64, 512)
 
 
@@ -66,6 +67,17 @@ def rows(run: Run) -> Iterator[dict[str, Any]]:
             matrix = Matrix(count, 5120, density)
             found = contenders(matrix, 1, peers=())
             yield run.row("rows", matrix.case(1), found)
+
+
+def forms(run: Run) -> Iterator[dict[str, Any]]:
+    """The forms of a unit layer alone, around the densities at which `pack` changes from one to another."""
+    shapes, batches = (LARGE[0], *SMALL), (1,) if run.quick else (1, 4)
+    for (rows, columns), density in itertools.product(shapes, (0.2, 0.8) if run.quick else CROSSINGS):
+        matrix = Matrix(rows, columns, density)
+        for batch in batches:
+            found = contenders(matrix, batch, peers=())
+            found.calls = {name: call for name, call in found.calls.items() if name.startswith("unit")}
+            yield run.row("forms", matrix.case(batch), found)
 
 
 def transposed(run: Run) -> Iterator[dict[str, Any]]:
@@ -131,7 +143,7 @@ def _decoding_into(layer: MdCSR, dtype: Any) -> Callable[[], object]:
 
 def overhead(run: Run) -> Iterator[dict[str, Any]]:
     """A small layer in a jitted chain, with entries and without: what a call costs besides its arithmetic."""
-    for size, density in ((8, 0.5), (576, 0.0), (576, 0.1), (576, 0.5)):
+    for size, density in ((8, 0.5), (192, 0.1), (192, 0.5), (576, 0.0), (576, 0.1), (576, 0.5)):
         matrix = Matrix(size, size, density)
         found = contenders(matrix, 1, peers=())
         yield run.row("overhead", matrix.case(1), found)
@@ -174,7 +186,7 @@ def imports(run: Run) -> Iterator[dict[str, Any]]:
     yield run.row("imports", {}, Contenders(calls=calls))
 
 
-TOPICS = {f.__name__: f for f in (product, transposed, decode, overhead, rows, pack, imports)}
+TOPICS = {f.__name__: f for f in (product, forms, transposed, decode, overhead, rows, pack, imports)}
 
 
 def main() -> None:

@@ -12,6 +12,14 @@ namespace {
 // Entries that make an item worth handing to a thread: some microseconds' work.
 constexpr size_t kItemEntries = 16384;
 constexpr size_t kItemFloats = 32768;
+// A small layer has smaller items: of three, one of two threads would do two.
+constexpr size_t kFewItems = 8;
+constexpr size_t kLeastEntries = 4096;
+
+size_t product_items(const Layer& layer) {
+  const size_t work = RowSplit::work(layer);
+  return std::max(work / kItemEntries, std::min(kFewItems - 1, work / kLeastEntries)) + 1;
+}
 
 Workspace& workspace() {
   thread_local const std::unique_ptr<Workspace> w(new Workspace);
@@ -35,16 +43,37 @@ class Chunks {
   size_t size_;
 };
 
-// Nanoseconds of work per entry, or, of rows that are read whole by a single vector, per column.
-double entry_cost(size_t vectors) {
-  if (vectors <= kSingleVectors) return 0.3 * static_cast<double>(vectors);
-  return 0.3 + 0.6 * static_cast<double>(round_up(vectors, kUnit) / kUnit);
-}
-
 // Whether multiplying zeros, too, is faster with many vectors: where few are left out. It depends on shapes only.
 bool is_matrix(const Layer& layer, size_t vectors) {
   if (layer.index == Index::kDelta8 || layer.primes || vectors <= kSingleVectors) return false;
   return 100 * layer.capacity > 45 * layer.rows * layer.columns;
+}
+
+// About how many nanoseconds one thread takes. Forms that read whole rows, or multiply zeros, cost by column whatever their
+// entries are. Fitted to matrices of 576 columns in cache on a Zen 4 core with VBMI2; without it, and from memory,
+// everything takes longer and is all the more worth sharing.
+double entries_cost(const Layer& layer, size_t vectors) {
+  const double level = layer.primes ? 0.75 : 0.4;  // of one entry
+  const double each = vectors <= kSingleVectors ? level * static_cast<double>(vectors)
+                                                : level + 0.6 * static_cast<double>(round_up(vectors, kUnit) / kUnit);
+  return each * static_cast<double>(RowSplit::work(layer));
+}
+
+double columns_cost(const Layer& layer, double each) { return each * static_cast<double>(layer.rows * layer.columns); }
+
+double product_cost(const Layer& layer, size_t vectors) {
+  if (reads_whole_rows(layer, vectors)) {
+    const double each = 0.05 + 0.016 * static_cast<double>(vectors);
+    return columns_cost(layer, layer.value_bits == 8 ? each : 2 * each);
+  }
+  if (is_matrix(layer, vectors)) return columns_cost(layer, 0.024 * static_cast<double>(round_up(vectors, kUnit)));
+  return entries_cost(layer, vectors);
+}
+
+double transposed_cost(const Layer& layer, size_t vectors) {
+  if (is_matrix(layer, vectors)) return columns_cost(layer, 0.026 * static_cast<double>(round_up(vectors, kUnit)));
+  const bool whole = reads_whole_rows(layer, vectors) && vectors <= kSingleVectors;
+  return whole ? columns_cost(layer, 0.09 * static_cast<double>(vectors)) : 1.5 * entries_cost(layer, vectors);
 }
 
 class ProductPlan : public Plan {
@@ -59,11 +88,11 @@ class ProductPlan : public Plan {
         chunks_(stack.first.columns, kItemFloats / x.count),
         matrix_(!whole_ && is_matrix(stack.first, x.count)),
         tiles_(stack.first.rows, kMatrixRows),
-        split_(stack.first, RowSplit::work(stack.first) / kItemEntries + 1),
+        split_(stack.first, product_items(stack.first)),
         turns_((slab_count(x.count) + kSlabsAtOnce - 1) / kSlabsAtOnce) {
     items_ = {stack.groups * chunks_.pieces(), stack.groups * pieces() * turns_};
-    cost_ = static_cast<double>(stack.groups) * (static_cast<double>(RowSplit::work(stack.first)) * entry_cost(x.count) +
-                                                 0.5 * static_cast<double>(packed_floats_));
+    cost_ = static_cast<double>(stack.groups) *
+            (product_cost(stack.first, x.count) + 0.5 * static_cast<double>(packed_floats_));
   }
 
   void run(size_t phase, size_t item) const override {
@@ -137,7 +166,7 @@ class TransposedPlan : public Plan {
         columns_(stack.first.columns, kItemFloats / g.count) {
     items_ = {stack.groups * rows_.pieces(), stack.groups * parts_ * slabs_, stack.groups * columns_.pieces()};
     cost_ = static_cast<double>(stack.groups) *
-            (2 * static_cast<double>(RowSplit::work(stack.first)) * entry_cost(g.count) +
+            (transposed_cost(stack.first, g.count) +
              0.5 * static_cast<double>(packed_floats_ + parts_ * sums_floats_));
   }
 
