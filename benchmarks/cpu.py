@@ -37,12 +37,12 @@ BATCHES = (1, 4, 16, 64, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the topics are asked for: `quick` or all of it, and how long a contender may take."""
+    """What the topics are asked for: `quick` or all of it, products by name, and how long a contender may take."""
 
     quick: bool
-    shapes: Sequence[tuple[int, int]]
-    densities: Sequence[float]
-    batches: Sequence[int]
+    shapes: Sequence[tuple[int, int]] | None
+    densities: Sequence[float] | None
+    batches: Sequence[int] | None
     repeats: int
     budget: float
 
@@ -53,9 +53,11 @@ class Run:
 
 def product(run: Run) -> Iterator[dict[str, Any]]:
     """`sparse_dense` and the peers: shapes x densities x batches."""
-    for (rows, columns), density in itertools.product(run.shapes, run.densities):
+    shapes = run.shapes or ((LARGE[0], SMALL[0]) if run.quick else LARGE + SMALL)
+    densities = run.densities or (DENSITIES[:2] if run.quick else DENSITIES)
+    for (rows, columns), density in itertools.product(shapes, densities):
         matrix = Matrix(rows, columns, density)
-        for batch in run.batches:
+        for batch in run.batches or ((1, 16, 64) if run.quick else BATCHES):
             yield run.row("product", matrix.case(batch), contenders(matrix, batch))
             matrix.forget()
 
@@ -71,10 +73,11 @@ def rows(run: Run) -> Iterator[dict[str, Any]]:
 
 def forms(run: Run) -> Iterator[dict[str, Any]]:
     """The forms of a unit layer alone, around the densities at which `pack` changes from one to another."""
-    shapes, batches = (LARGE[0], *SMALL), (1,) if run.quick else (1, 4)
-    for (rows, columns), density in itertools.product(shapes, (0.2, 0.8) if run.quick else CROSSINGS):
+    shapes = run.shapes or (LARGE[0], *SMALL)
+    densities = run.densities or (CROSSINGS[3:4] if run.quick else CROSSINGS)
+    for (rows, columns), density in itertools.product(shapes, densities):
         matrix = Matrix(rows, columns, density)
-        for batch in batches:
+        for batch in run.batches or ((1,) if run.quick else (1, 4)):
             found = contenders(matrix, batch, peers=())
             found.calls = {name: call for name, call in found.calls.items() if name.startswith("unit")}
             yield run.row("forms", matrix.case(batch), found)
@@ -210,13 +213,12 @@ def main() -> None:
     kernels = library.kernels if library else _native.unavailable_reason()
     writer = Writer(arguments.out)
     writer.write(environment(kernels=kernels, chain=CHAIN))
-    quick = arguments.quick
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
     run = Run(
-        quick=quick,
-        shapes=shapes or ((LARGE[0], SMALL[0]) if quick else LARGE + SMALL),
-        densities=arguments.densities or (DENSITIES[:2] if quick else DENSITIES),
-        batches=arguments.batches or ((1, 16, 64) if quick else BATCHES),
+        quick=arguments.quick,
+        shapes=shapes,
+        densities=arguments.densities,
+        batches=arguments.batches,
         repeats=arguments.repeats,
         budget=arguments.budget,
     )

@@ -27,15 +27,12 @@ from upg_jax._sparse_dense._backend import requested_backend
 from upg_jax._validate import validate
 from upg_jax._values import a_byte_each, as_narrow_as
 
-# The fastest form of a unit layer up to a density, for one vector (docs/native.md). Only VBMI2 expands the values of a
-# mask in one instruction; without it a byte for every column is read faster.
+# The fastest form of a unit layer up to a density, for one vector (`python -m benchmarks.cpu --topics forms`). Only
+# VBMI2 expands the values of a mask in one instruction; without it a byte for every column is read faster.
 _FASTEST: dict[str, tuple[tuple[float, Index], ...]] = {
-    "avx512vbmi2": ((0.25, "delta8"), (0.8, "mask"), (math.inf, "dense")),
-    "avx512": ((0.25, "delta8"), (math.inf, "dense")),
-    "avx2": ((0.25, "delta8"), (math.inf, "dense")),
-    "neon": ((0.25, "delta8"), (math.inf, "dense")),
-    "portable": ((0.5, "delta8"), (math.inf, "dense")),
+    "avx512vbmi2": ((0.18, "delta8"), (0.65, "mask"), (math.inf, "dense")),
 }
+_FASTEST_ELSEWHERE: tuple[tuple[float, Index], ...] = ((0.25, "delta8"), (math.inf, "dense"))
 
 
 def pack(layer: MdCSR, index: Index | None = None) -> MdCSR:
@@ -99,7 +96,8 @@ def choose_index(layer: MdCSR) -> tuple[Index, str]:
     if layer.manifold == "prime":
         return "delta8", "the compiled kernels are fastest with deltas on the prime manifold"
     density = (layer.nnz if layer.index != "dense" else layer.true_nnz) / max(layer.num_weights, 1)
-    index = next(index for limit, index in _FASTEST[library.kernels] if density < limit)
+    forms = _FASTEST.get(library.kernels, _FASTEST_ELSEWHERE)
+    index = next(index for limit, index in forms if density < limit)
     return index, f"{index} is fastest at density {density:.2f} with the {library.kernels} kernels"
 
 

@@ -262,8 +262,8 @@ def test_the_form_is_chosen_by_density_and_kernels_and_says_why():
     w = np.ones((32, 64), np.float32)
     for kernels in library.usable_kernels:
         # Without VBMI2, expanding a mask takes longer than reading a byte for every column.
-        half = "mask" if kernels == "avx512vbmi2" else "dense"
-        for density, index in ((0.1, "delta8"), (0.5, half), (1.0, "dense")):
+        fifth, half = ("mask", "mask") if kernels == "avx512vbmi2" else ("delta8", "dense")
+        for density, index in ((0.1, "delta8"), (0.2, fifth), (0.5, half), (0.7, "dense"), (1.0, "dense")):
             layer = MdCSR.from_dense(w, density=density)
             for form in (layer, pack(layer, "mask"), pack(layer, "dense")):
                 with library.use_kernels(kernels):
