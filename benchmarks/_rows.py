@@ -1,9 +1,15 @@
-"""Raw rows: one JSON object a line, each with a `topic`; the first says when, where and with what it was measured."""
+"""Raw rows: one JSON object a line, each with a `topic` and what was measured: commit, changes to it, native library.
+
+The first row of a run says when and where, too.
+"""
 
 from __future__ import annotations
 
+import collections
 import datetime
+import functools
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -12,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from upg_jax import _native
 from upg_jax.cli._doctor import collect
 from upg_jax.cli._measure import quartiles, usable_threads
 
@@ -21,11 +28,11 @@ _FLAGS = ("avx", "fma", "f16c", "amx", "asimd", "sve", "gfni")
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """Date, commit, versions, processor with its flags and caches, threads and load."""
+    """Date, versions, processor with its flags and caches, threads and load."""
     return {
         "topic": "environment",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        **built(),
         **collect(),
         "peers": {name: version for name in PEERS if (version := _version(name))},
         "flags": sorted(flag for flag in _cpu_flags() if flag.startswith(_FLAGS)),
@@ -33,6 +40,19 @@ def environment(**more: Any) -> dict[str, Any]:
         "threads": usable_threads(),
         "load": os.getloadavg(),
         **more,
+    }
+
+
+@functools.cache
+def built() -> dict[str, Any]:
+    """What is measured: the commit, whether the tree beside the documentation differed from it, the native library."""
+    git = ("git", "-C", str(ROOT))
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    library = _native.library_path()
+    return {
+        "commit": _output(*git, "rev-parse", "--short", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "native": hashlib.sha256(library.read_bytes()).hexdigest()[:12] if library else None,
     }
 
 
@@ -65,14 +85,15 @@ def _caches() -> dict[str, str]:
 
 
 class Writer:
-    """Appends rows to a file, each as soon as it is measured."""
+    """Appends rows to a file, each as soon as it is measured and with what was measured."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        print(json.dumps(_rounded(row)), file=self._file, flush=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            print(json.dumps(_rounded(row | built())), file=file)
 
 
 def _rounded(value: Any) -> Any:
@@ -85,11 +106,12 @@ def _rounded(value: Any) -> Any:
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The rows of some files, plain or gzipped; each gets what its file's last environment row says of `threads`.
+    """The rows of some files, plain or gzipped; each gets what its run's environment says where it does not itself.
 
     A case that was measured several times is one row with all calls: a busy minute of the machine is not the result.
+    Its `runs` are the calls of each time, its `builds` what was measured, in words.
     """
-    return list(_pooled(row for path in paths for row in _with_threads(_lines(path))))
+    return list(_pooled(row for path in paths for row in _complete(_lines(path))))
 
 
 def _pooled(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -102,12 +124,32 @@ def _pooled(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             continue
         key = json.dumps([row["topic"], row["threads"], row["case"]], sort_keys=True)
         if key not in known:
-            known[key] = row | {"seconds": {name: list(calls) for name, calls in row["seconds"].items()}}
-            continue
+            known[key] = row | {"seconds": {}, "runs": [], "builds": []}
+        known[key]["runs"].append(row["seconds"])
+        known[key]["builds"].append(_build(row))
         for name, calls in row["seconds"].items():
             known[key]["seconds"].setdefault(name, []).extend(calls)
     yield from others
     yield from known.values()
+
+
+def _build(row: dict[str, Any]) -> str:
+    changed = " with changes" if row.get("dirty") else ""
+    library = f", native library {row['native']}" if row.get("native") else ""
+    return f"commit {row.get('commit')}{changed}{library}"
+
+
+def builds(rows: Iterable[dict[str, Any]]) -> str:
+    """What the rows were measured of; says so where it is not all the same."""
+    measured = [row for row in rows if "builds" in row]
+    count = collections.Counter(build for row in measured for build in row["builds"])
+    if len(count) == 1:
+        return f"All rows are of {next(iter(count))}.\n"
+    if not count:
+        return ""
+    mixed = sum(len(set(row["builds"])) > 1 for row in measured)
+    each = "; ".join(f"{n} of {build}" for build, n in count.items())
+    return f"**Measurements of several builds**, pooled within {mixed} of the cases: {each}.\n"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -118,11 +160,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _with_threads(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    threads = None
+def _complete(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    run: dict[str, Any] = {"threads": None}
     for row in rows:
-        threads = row.get("threads", threads)
-        yield {"threads": threads, **row}
+        run |= {key: row[key] for key in ("threads", "commit", "dirty", "native") if key in row}
+        yield run | row
 
 
 def median(row: dict[str, Any], name: str) -> float | None:

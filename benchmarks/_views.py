@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from benchmarks._rows import median
 
@@ -47,3 +47,37 @@ def bytes_per_second(row: Row, name: str) -> float | None:
     """What one product by a contender reads and writes, over its time."""
     seconds = median(row, name)
     return None if seconds is None or name not in row["bytes"] else row["bytes"][name] / seconds
+
+
+class Compared(NamedTuple):
+    """A figure made of several contenders' times.
+
+    Attributes:
+        value: of their medians.
+        least: of all turns, in which contenders ran one after the other.
+        greatest: likewise.
+    """
+
+    value: float
+    least: float
+    greatest: float
+
+
+def compared(combine: Callable[..., float], *of: tuple[Row, str]) -> Compared | None:
+    """Combines the seconds of contenders, each a row and a name; None where one was not measured."""
+    medians = [median(row, name) for row, name in of]
+    if any(seconds is None for seconds in medians):
+        return None
+    counts = [row["per call"].get(name, 1) for row, name in of]
+    turns = [
+        combine(*(seconds / count for seconds, count in zip(turn, counts, strict=True)))
+        for runs in zip(*(row["runs"] for row, _ in of), strict=False)
+        for turn in zip(*(run.get(name, ()) for run, (_, name) in zip(runs, of, strict=True)), strict=False)
+    ]
+    value = combine(*medians)
+    return Compared(value, min(turns, default=value), max(turns, default=value))
+
+
+def times_as_fast(row: Row, peer: str, name: str) -> Compared | None:
+    """How many times as fast as a peer a contender is."""
+    return compared(lambda theirs, mine: theirs / mine, (row, peer), (row, name))

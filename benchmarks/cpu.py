@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import subprocess
@@ -26,6 +27,7 @@ from benchmarks._contenders import Contenders, contenders, prepare_peers, vector
 from benchmarks._matrices import CHAIN, Matrix
 from benchmarks._rows import Writer, environment
 from upg_jax import MdCSR, _native, sparse_dense
+from upg_jax._index import Index
 from upg_jax.cli._measure import bandwidth, take_turns, usable_threads
 
 LARGE = ((5120, 5120), (35840, 5120), (5120, 17920))
@@ -85,15 +87,16 @@ def forms(run: Run) -> Iterator[dict[str, Any]]:
 
 def transposed(run: Run) -> Iterator[dict[str, Any]]:
     """`g @ W` beside `x @ W.T`, the same layers."""
-    for density, batch in itertools.product((0.1, 0.5), (1, 16) if run.quick else BATCHES):
+    for density in (0.1, 0.5) if run.quick else (0.1, 0.3, 0.5, 0.7, 1.0):
         matrix = Matrix(5120, 5120, density)
-        found = contenders(matrix, batch, peers=())
-        for name in list(found.calls):
-            g = jnp.asarray(vectors(matrix, batch, rows=True))
-            compiled = jax.jit(_transposed).lower(g, matrix.layers[name]).compile()
-            layers = matrix.layer_stacks(name)
-            found.calls[f"{name}, transposed"] = _waiting(compiled, g, layers)
-        yield run.row("transposed", matrix.case(batch), found)
+        for batch in (1, 16) if run.quick else BATCHES:
+            found = contenders(matrix, batch, peers=())
+            for name in list(found.calls):
+                g = jnp.asarray(vectors(matrix, batch, rows=True))
+                compiled = jax.jit(_transposed).lower(g, matrix.layers[name]).compile()
+                layers = matrix.layer_stacks(name)
+                found.calls[f"{name}, transposed"] = _waiting(compiled, g, layers)
+            yield run.row("transposed", matrix.case(batch), found)
 
 
 def _transposed(g: jax.Array, layer: MdCSR) -> jax.Array:
@@ -153,7 +156,7 @@ def overhead(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def pack(run: Run) -> Iterator[dict[str, Any]]:
-    """`upg_jax.pack` itself, and the structural check of a layer, by bytes."""
+    """`upg_jax.pack` and `unpack` beside copies of as many bytes, and the checks of a layer."""
     for density in (0.1, 0.5):
         matrix = Matrix(5120, 5120, density)
         found = Contenders()
@@ -162,13 +165,31 @@ def pack(run: Run) -> Iterator[dict[str, Any]]:
         found.nbytes["validate"] = layer.delta_indices.nbytes
         found.calls["validate full"] = lambda layer=layer: layer.validate("full")
         found.nbytes["validate full"] = layer.nbytes
-        for index in ("mask", "dense"):
-            name = f"pack to {index}"
-            found.calls[name] = lambda layer=layer, index=index: jax.block_until_ready(
-                upg_jax.pack(layer, index)
-            )
-            found.nbytes[name] = layer.nbytes + matrix.layers[f"unit {index}"].nbytes
+        for form in ("mask", "dense"):
+            packed = matrix.layers[f"unit {form}"]
+            # A mask leaves the values where they are.
+            planes = [layer.delta_indices, packed.delta_indices]
+            if form == "dense":
+                planes += [layer.values, packed.values]
+            nbytes = sum(plane.nbytes for plane in planes)
+            sources = matrix.turns(lambda n=nbytes // 2: np.ones(n, np.uint8), nbytes // 2, "bytes", nbytes)
+            target = np.ones(nbytes // 2, np.uint8)
+            for name, before, index in (
+                (f"pack to {form}", "unit delta8", form),
+                (f"unpack {form}", f"unit {form}", "delta8"),
+            ):
+                found.calls[name] = functools.partial(_packing, matrix.layer_stacks(before), index)
+                found.calls[f"{name}, numpy.copyto"] = functools.partial(_copying, sources, target)
+                found.nbytes[name] = found.nbytes[f"{name}, numpy.copyto"] = nbytes
         yield run.row("pack", matrix.case(0), found)
+
+
+def _packing(layers: Iterator[MdCSR], index: Index) -> None:
+    jax.block_until_ready(upg_jax.pack(next(layers), index))
+
+
+def _copying(sources: Iterator[np.ndarray], target: np.ndarray) -> None:
+    np.copyto(target, next(sources))
 
 
 def imports(run: Run) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks._rows import median, read
-from benchmarks._views import Row, most_threads, of_topic, ours, ratio
+from benchmarks._rows import builds, read
+from benchmarks._views import Compared, Row, compared, most_threads, of_topic, ours, times_as_fast
 
 DENSE = "XLA dense float32"
 
@@ -31,84 +31,96 @@ class Floor:
 
     text: str
     bound: float
-    measured: Callable[[list[Row]], Iterator[float | None]]
+    measured: Callable[[list[Row]], Iterator[Compared | None]]
     at_most: bool = False
 
-    def verdict(self, rows: list[Row]) -> tuple[float | None, bool | None]:
+    def verdict(self, rows: list[Row]) -> tuple[Compared | None, bool | None]:
         """The worst measured value, and whether it keeps within the bound."""
         values = [value for value in self.measured(rows) if value is not None]
         if not values:
             return None, None
         worst = max(values) if self.at_most else min(values)
-        return worst, worst <= self.bound if self.at_most else worst >= self.bound
+        return worst, worst.value <= self.bound if self.at_most else worst.value >= self.bound
 
 
-def _square(peer: str, **case: float) -> Callable[[list[Row]], Iterator[float | None]]:
-    def measured(rows: list[Row]) -> Iterator[float | None]:
+def _square(peer: str, **case: float) -> Callable[[list[Row]], Iterator[Compared | None]]:
+    def measured(rows: list[Row]) -> Iterator[Compared | None]:
         for row in of_topic(rows, "product", rows=5120, columns=5120, **case):
-            yield ratio(row, peer, ours(row))
+            yield times_as_fast(row, peer, ours(row))
 
     return measured
 
 
-def _every_density(shape: tuple[int, int]) -> Callable[[list[Row]], Iterator[float | None]]:
-    def measured(rows: list[Row]) -> Iterator[float | None]:
+def _every_density(shape: tuple[int, int]) -> Callable[[list[Row]], Iterator[Compared | None]]:
+    def measured(rows: list[Row]) -> Iterator[Compared | None]:
         for row in of_topic(rows, "product", rows=shape[0], columns=shape[1], batch=1):
-            yield ratio(row, DENSE, ours(row))
+            yield times_as_fast(row, DENSE, ours(row))
 
     return measured
 
 
-def _prime(rows: list[Row]) -> Iterator[float | None]:
+def _prime(rows: list[Row]) -> Iterator[Compared | None]:
     for density in (0.1, 0.5):
         for row in of_topic(rows, "product", rows=5120, columns=5120, batch=1, density=density):
-            yield ratio(row, ours(row, "prime"), ours(row))
+            yield times_as_fast(row, ours(row, "prime"), ours(row))
 
 
-def _transposed(rows: list[Row]) -> Iterator[float | None]:
-    for row in of_topic(rows, "transposed"):
-        yield ratio(row, ours(row, suffix=", transposed"), ours(row))
+def _transposed(form: str) -> Callable[[list[Row]], Iterator[Compared | None]]:
+    def measured(rows: list[Row]) -> Iterator[Compared | None]:
+        for row in of_topic(rows, "transposed"):
+            yield times_as_fast(row, f"{form}, transposed", form)
+
+    return measured
 
 
-def _decode(rows: list[Row]) -> Iterator[float | None]:
+def _packing(name: str) -> Callable[[list[Row]], Iterator[Compared | None]]:
+    def measured(rows: list[Row]) -> Iterator[Compared | None]:
+        for row in of_topic(rows, "pack"):
+            yield times_as_fast(row, f"{name}, numpy.copyto", name)
+
+    return measured
+
+
+def _decode(rows: list[Row]) -> Iterator[Compared | None]:
     for row in of_topic(rows, "decode"):
-        yield ratio(row, "numpy.copyto", ours(row))
+        yield times_as_fast(row, "numpy.copyto", ours(row))
 
 
-def _overhead(rows: list[Row]) -> Iterator[float | None]:
+def _overhead(rows: list[Row]) -> Iterator[Compared | None]:
     # A layer without entries does everything but the arithmetic, and wakes no other thread.
     for row in of_topic(rows, "overhead", rows=576, density=0.0):
-        seconds = median(row, ours(row))
-        yield 1e6 * seconds if seconds else None
+        yield compared(lambda seconds: 1e6 * seconds, (row, ours(row)))
 
 
-def _sharing(rows: list[Row]) -> Iterator[float | None]:
+def _sharing(rows: list[Row]) -> Iterator[Compared | None]:
     # What one thread takes is arithmetic and a call; threads share the arithmetic and have to find together besides.
     threads = most_threads(rows) or 1
     for density in (0.1, 0.5):
         case = {"rows": 576, "density": density}
-        alone = [median(row, ours(row)) for row in of_topic(rows, "overhead", threads=1, **case)]
+        alone = list(of_topic(rows, "overhead", threads=1, **case))
         for row in of_topic(rows, "overhead", **case) if alone and threads > 1 else ():
-            together = median(row, ours(row))
-            if together and alone[0]:
-                yield 1e6 * (together - alone[0] / threads)
+            yield compared(
+                lambda together, alone: 1e6 * (together - alone / threads),
+                (row, ours(row)),
+                (alone[0], ours(row)),
+            )
 
 
-def _imports(rows: list[Row]) -> Iterator[float | None]:
+def _imports(rows: list[Row]) -> Iterator[Compared | None]:
     for row in of_topic(rows, "imports"):
-        jax, upg = median(row, "import jax"), median(row, "import jax, upg_jax")
-        yield 1e3 * (upg - jax) if jax and upg else None
+        names = ("import jax", "import jax, upg_jax")
+        yield compared(lambda jax, upg: 1e3 * (upg - jax), *((row, name) for name in names))
 
 
-def _reference(rows: list[Row]) -> Iterator[float | None]:
+def _reference(rows: list[Row]) -> Iterator[Compared | None]:
     for row in of_topic(rows, "reference", batch=1):
-        yield ratio(row, "BCSR", "unit reference")
+        yield times_as_fast(row, "BCSR", "unit reference")
 
 
-def _generate(peer: str) -> Callable[[list[Row]], Iterator[float | None]]:
-    def measured(rows: list[Row]) -> Iterator[float | None]:
+def _generate(peer: str) -> Callable[[list[Row]], Iterator[Compared | None]]:
+    def measured(rows: list[Row]) -> Iterator[Compared | None]:
         for row in of_topic(rows, "generate"):
-            yield ratio(row, peer, "unit 0.5")
+            yield times_as_fast(row, peer, "unit 0.5")
 
     return measured
 
@@ -131,8 +143,15 @@ FLOORS = [
         for shape in ((5120, 5120), (35840, 5120), (5120, 17920), (576, 576), (1536, 576))
     ),
     Floor("prime manifold, densities 0.1 and 0.5, batch 1: times unit's time", 1.5, _prime, at_most=True),
-    Floor("transposed product: times the forward one's time", 2, _transposed, at_most=True),
+    *(
+        Floor(f"transposed product, {form}: times the forward one's time", 2, _transposed(form), at_most=True)
+        for form in ("unit delta8", "prime delta8", "unit mask", "unit dense")
+    ),
     Floor("decode to dense float32: times numpy.copyto", 0.7, _decode),
+    *(
+        Floor(f"{name}: times numpy.copyto of as many bytes", 1, _packing(name))
+        for name in ("pack to mask", "pack to dense", "unpack mask", "unpack dense")
+    ),
     Floor("576 x 576 in a jitted chain, without entries: microseconds", 5, _overhead, at_most=True),
     Floor(
         "... at densities 0.1 and 0.5: microseconds beyond one thread's time, shared",
@@ -151,14 +170,15 @@ FLOORS = [
 
 
 def table(rows: list[Row]) -> str:
-    """All floors in Markdown; of several cases the worst counts."""
-    lines = ["| floor | promised | measured | |", "|---|---:|---:|---|"]
+    """All floors in Markdown; of several cases the worst counts. Least and greatest are of its single turns."""
+    lines = ["| floor | promised | measured | least to greatest | |", "|---|---:|---:|---:|---|"]
     for floor in FLOORS:
         value, kept = floor.verdict(rows)
         promised = f"{'at most' if floor.at_most else 'at least'} {floor.bound:g}"
+        figures = " | " if value is None else f"{value.value:.2f} | {value.least:.2f} to {value.greatest:.2f}"
         said = {None: "not measured", True: "pass", False: "**miss**"}[kept]
-        lines.append(f"| {floor.text} | {promised} | {'' if value is None else f'{value:.2f}'} | {said} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {floor.text} | {promised} | {figures} | {said} |")
+    return "\n".join([*lines, "", builds(rows)])
 
 
 def main() -> None:

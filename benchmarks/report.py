@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import _plots, floors
-from benchmarks._rows import median, quartiles, read
+from benchmarks._rows import builds, median, quartiles, read
 from benchmarks._views import OURS, Row, bytes_per_second, of_topic, ours, ratio, read_bandwidth
 
 SHOWN = ("rows", "columns", "density", "batch", "tokens")
@@ -41,12 +41,13 @@ def milliseconds(row: Row, name: str) -> str:
 
 def sections(rows: list[Row]) -> Iterator[tuple[str, str]]:
     """Titles and texts of the report."""
-    yield "Machine", "\n".join(machine(rows)) + "\n"
+    yield "Machine", "\n".join(machine(rows)) + "\n\n" + builds(rows)
     yield "Floors", floors.table(rows)
     shapes = dict.fromkeys((r["case"]["rows"], r["case"]["columns"]) for r in of_topic(rows, "product"))
     for shape in shapes:
         yield f"Products, {shape[0]} x {shape[1]}", products(rows, *shape)
     simple = {
+        "forms": "The forms of a layer, around where pack changes",
         "transposed": "Transposed product",
         "decode": "Decoding to dense float32",
         "overhead": "Calls in a chain",

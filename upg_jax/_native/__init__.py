@@ -156,10 +156,15 @@ def too_old_reason() -> str | None:
     return None
 
 
+def library_path() -> Path | None:
+    """Where the library lies; None for an install without it."""
+    # An editable install has the sources in one folder of the package's path and what it built in another.
+    return next((p for folder in __path__ if (p := Path(folder) / "libupg_native.so").exists()), None)
+
+
 @functools.cache
 def _load() -> Library | str:
-    # An editable install has the sources in one folder of the package's path and what it built in another.
-    path = next((p for folder in __path__ if (p := Path(folder) / "libupg_native.so").exists()), None)
+    path = library_path()
     if path is None:
         return "it was installed without the compiled kernels (no C++17 compiler when it was installed?)"
     if reason := too_old_reason():
