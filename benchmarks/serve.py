@@ -98,7 +98,10 @@ async def streamed(port: int, body: bytes) -> bytes:
     httpx takes for a token as long as the server does for all that it computes beside the model.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     writer.write(head.encode() + body)
     reply = await reader.read()  # up to the end, which HTTP/1.0 marks by closing the connection
     writer.close()

@@ -13,6 +13,8 @@ from upg_jax.inference._answer import Answer
 class Letters:
     """A tokenizer whose token `i` is text `i` of a list."""
 
+    special_ids = frozenset()
+
     def __init__(self, texts):
         self.texts = texts
 

@@ -15,6 +15,7 @@ from small_models.texts import TEXTS
 
 from upg_jax import CheckpointError, MissingDependencyError
 from upg_jax.inference import TextStream, Tokenizer
+from upg_jax.inference._tokenizer import _byte_level
 
 tokenizers = pytest.importorskip("tokenizers", reason='pip install "upg-jax[hf]"')
 
@@ -104,6 +105,41 @@ def test_bytes_that_never_become_a_character_come_at_the_end():
     tokenizer = Tokenizer(byte_fallback())
     ids = [tokenizer.token_id("a"), tokenizer.token_id("<0xF0>")]
     assert streamed(tokenizer, ids) == ["a", "", "\ufffd"]
+
+
+@functools.cache
+def pieces_of_characters():
+    """A byte-level vocabulary of whole characters and of pieces that begin or end within one."""
+    pieces = [b"a", "\u4e2d".encode(), b"\x80", b"\x80\xe4", b"\xe4\xb8", b"\xad", b"\xf0\x9f", b"\x90\x80"]
+    spelled = {byte: character for character, byte in _byte_level().items()}
+    vocabulary = {"".join(spelled[byte] for byte in piece): i for i, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(tokenizer)
+
+
+@given(
+    ids=st.lists(st.integers(0, 7), max_size=6), times=st.integers(1, 20), then=st.lists(st.integers(0, 7))
+)
+def test_long_runs_of_bytes_that_are_no_characters_give_what_decoding_gives(ids, times, then):
+    tokenizer, ids = pieces_of_characters(), ids * times + then
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("spelled", ["<0x80>", "<s>"])
+def test_a_token_takes_the_same_time_however_many_came_before_that_show_nothing(spelled):
+    class Counting(Tokenizer):
+        longest = 0
+
+        def decode(self, ids, **more):
+            ids = list(ids)
+            self.longest = max(self.longest, len(ids))
+            return super().decode(ids, **more)
+
+    tokenizer = Counting(byte_fallback())
+    pieces = streamed(tokenizer, [tokenizer.token_id(spelled)] * 400)
+    assert "".join(pieces) == ("\ufffd" * 400 if spelled == "<0x80>" else "")
+    assert tokenizer.longest <= 32
 
 
 def test_a_words_leading_space_is_kept_and_the_texts_is_not():

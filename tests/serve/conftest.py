@@ -44,7 +44,7 @@ def url(address):
 @pytest.fixture(scope="session")
 def http(url):
     httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=60, headers={"Content-Type": "application/json"}) as client:
         yield client
 
 

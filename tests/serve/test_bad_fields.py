@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "he"}], "max_tokens": 2}
@@ -56,12 +58,13 @@ CHAT_CASES = [
     ("frequency_penalty", [-2.1, 2.1, *WRONG_TYPES]),
     ("seed", [0.5, 2**63, -(2**64), *WRONG_TYPES]),
     ("n", [0, -1, 7, 10**10, 0.5, *WRONG_TYPES]),
-    ("stop", ["", [""], [1], {}, True, ["x"] * 17]),
+    ("stop", ["", [""], [1], {}, True, ["x"] * 17, "x" * 129, ["x", "y" * 129]]),
     ("stream", [1, "true", []]),
     ("stream_options", [{"include_usage": True}, 1]),
     ("logprobs", [1, "true"]),
     ("top_logprobs", [3, -1, 21, "1"]),
     ("logit_bias", [[], {"a": 1}, {"-1": 1}, {"320": 1}, {"1": 101}, {"1": "1"}, {"1": True}, {"1" * 50: 1}]),
+    ("logit_bias", [{f"{i % 300:0{3 + i // 300}}": 1 for i in range(1025)}]),
     ("tools", [[{"type": "function"}], 1]),
     ("response_format", [{"type": "json_object"}, 1]),
     ("nonsense", [1]),
@@ -103,8 +106,6 @@ def test_a_bad_field_of_a_chat_is_named(http, name, value):
         return
     body = {**CHAT, field: value}
     if "\\ud800" in ascii(value):
-        import json
-
         response = http.post("/v1/chat/completions", content=json.dumps(body))
         assert response.json()["error"]["param"] == name
         return
@@ -124,6 +125,33 @@ def test_a_field_whose_name_is_no_text_is_refused(http):
 def test_an_unknown_option_of_a_stream_is_named(http):
     body = {**CHAT, "stream": True, "stream_options": {"include_usage": True, "evil": 1}}
     refused(http, "/v1/chat/completions", body, "stream_options.evil")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["max_tokens", "max_completion_tokens", "temperature", "top_p", "min_p", "top_k", "repetition_penalty", "seed", "n",
+     "presence_penalty", "frequency_penalty", "top_logprobs", "stop", "stream", "logprobs"],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_that_python_takes_for_infinity_is_refused(http, name, number):
+    content = f'{{"{name}": {number}, "logprobs": true, {json.dumps(CHAT)[1:]}'
+    if name in CHAT or name == "logprobs":
+        content = content.replace(f'"{name}": {CHAT.get(name, "true")}', f'"{name}": {number}')
+    response = http.post("/v1/chat/completions", content=content)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize("value", ['{"1": 1e999}', '{"1": -1e999}'])
+def test_an_infinite_bias_is_refused(http, value):
+    response = http.post("/v1/chat/completions", content=f'{{"logit_bias": {value}, {json.dumps(CHAT)[1:]}')
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logit_bias")
+
+
+@pytest.mark.parametrize("value", ["1e999", "[1e999]", "[1, 1e999]", "[[1e999]]"])
+def test_a_prompt_of_infinite_numbers_is_refused(http, value):
+    content = f'{{"prompt": {value}, "model": "small"}}'
+    response = http.post("/v1/completions", content=content)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
 
 
 def test_a_complaint_shows_the_number(http):

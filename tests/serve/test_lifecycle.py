@@ -20,6 +20,7 @@ from helpers.serving import serving
 
 httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
 
+JSON = "Content-Type: application/json\r\n"
 LONG = {"model": "small", "prompt": "he", "max_tokens": 120, "ignore_eos": True}
 
 
@@ -27,7 +28,7 @@ LONG = {"model": "small", "prompt": "he", "max_tokens": 120, "ignore_eos": True}
 def raw_post(address, body, path="/v1/completions"):
     """A request by hand; yields its socket."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: {len(data)}\r\n\r\n".encode()
     with socket.create_connection(address, timeout=60) as connection:
         connection.sendall(head + data)
         yield connection
@@ -77,8 +78,8 @@ def test_a_slow_reader_holds_no_slot(address, idle, http):
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{",
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Transfer-Encoding: chunked\r\n\r\nZZ\r\n".encode(),
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: 500\r\n\r\n{{".encode(),
         b"POST /v1/completions HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
         b"GET /v1/models/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -207,7 +208,8 @@ def test_the_command_serves_and_finishes_its_streams_when_told_to_end(tmp_path):
                     time.sleep(0.05)
                 body = {**LONG, "model": "small.gguf", "stream": True}
                 half_sent = socket.create_connection(("127.0.0.1", port), timeout=20)
-                half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{JSON}Content-Length: 50\r\n\r\n"
+                half_sent.sendall(head.encode() + b"{")
                 with half_sent, http.stream("POST", "/v1/completions", json=body) as response:
                     lines = response.iter_lines()
                     next(lines)
@@ -219,6 +221,25 @@ def test_the_command_serves_and_finishes_its_streams_when_told_to_end(tmp_path):
             assert process.wait(20) in (0, -signal.SIGTERM)
         finally:
             process.kill()
+
+
+def test_a_signal_ends_the_command_while_the_model_loads():
+    """By a handler of its own: the first process of a container has no other way of being ended by SIGTERM."""
+    program = """
+import os, signal, sys, time
+from upg_jax.cli import main
+from upg_jax.inference import UPGModel
+def from_file(*args, **more):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+UPGModel.from_file = from_file
+sys.argv = ["upg-jax", "serve", "model", "--port", sys.argv[1]]
+main()
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ended = subprocess.run([sys.executable, "-c", program, str(port)], timeout=50, check=False)
+    assert ended.returncode == 130
 
 
 def test_a_port_that_is_taken_is_refused_before_a_model_loads_and_nobody_connects_before_it_has():

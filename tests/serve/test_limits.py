@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import socket
@@ -18,6 +19,7 @@ httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
 
 SHORT = {"model": "small", "messages": [{"role": "user", "content": "he"}], "max_tokens": 1}
 CHAT = "/v1/chat/completions"
+BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
 
 
 def test_a_body_that_takes_too_long_is_refused(engine):
@@ -25,7 +27,7 @@ def test_a_body_that_takes_too_long_is_refused(engine):
 
     app = create_app(engine, name="small", limits=Limits(body_seconds=0.3))
     with serving(app) as address, socket.create_connection(address, timeout=20) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        connection.sendall(BEGUN)
         time.sleep(0.2)
         connection.sendall(b" ")  # which does not begin the time anew
         began, answer = time.monotonic(), b""
@@ -109,9 +111,83 @@ def test_a_failed_engine_is_unhealthy_logged_and_ends_the_server_with_an_error(m
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
 
 
-@pytest.mark.parametrize("key", ["", "s\u00e9cret", "a b", "a\n"])
-def test_a_key_that_no_client_can_send_is_refused(engine, key):
-    from upg_jax.serve import create_app
+def test_a_body_may_take_no_longer_than_its_request(engine):
+    from upg_jax.serve import Limits, create_app
 
-    with pytest.raises(ValueError, match="visible ASCII"):
-        create_app(engine, name="small", api_key=key)
+    app = create_app(engine, name="small", limits=Limits(seconds=0.3))
+    with serving(app) as address, socket.create_connection(address, timeout=10) as connection:
+        connection.sendall(BEGUN)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_more_bodies_than_may_be_on_their_way_are_refused_before_they_are_read(engine):
+    from upg_jax.serve import Limits, create_app
+
+    app = create_app(engine, name="small", limits=Limits(bodies=2))
+    with serving(app) as address, contextlib.ExitStack() as opened:
+        connections = [opened.enter_context(socket.create_connection(address, timeout=10)) for _ in range(3)]
+        for connection in connections[:2]:
+            connection.sendall(BEGUN)
+        url = "http://{}:{}".format(*address)
+        assert httpx.get(f"{url}/health").status_code == 200  # both have begun by now
+        connections[2].sendall(BEGUN)
+        answer = connections[2].recv(1000)
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: 1" in answer.lower()
+        connections[0].close()
+        deadline = time.monotonic() + 10
+        while httpx.post(url + CHAT, json=SHORT, timeout=60).status_code != 200:
+            assert time.monotonic() < deadline
+
+
+def test_an_answer_that_took_too_long_is_not_asked_for_again(engine, idle, slow_tokenizer):
+    openai = pytest.importorskip("openai", reason='pip install "upg-jax[test]"')
+    from upg_jax.serve import Limits, create_app
+
+    app = create_app(engine, name="small", limits=Limits(seconds=0.2))
+    with serving(app) as (host, port):
+        timer = threading.Timer(0.4, slow_tokenizer.set)
+        timer.start()
+        with (
+            openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none") as client,
+            pytest.raises(openai.InternalServerError, match="took longer"),
+        ):
+            client.chat.completions.create(**SHORT)
+        timer.join()
+        counted = httpx.get(f"http://{host}:{port}/metrics").text
+    assert 'requests_total{path="/v1/chat/completions",status="504"} 1' in counted
+    assert idle()
+
+
+def test_settings_are_checked_once_and_not_where_others_wait(http, engine, monkeypatch):
+    from upg_jax.inference import GenerationSettings
+
+    checked, check = [], GenerationSettings.__post_init__
+
+    def noted(self):
+        checked.append(asyncio._get_running_loop() is not None)
+        check(self)
+
+    monkeypatch.setattr(GenerationSettings, "__post_init__", noted)
+    body = {**SHORT, "n": 3, "logit_bias": {str(token): 1 for token in range(300)}}
+    assert http.post(CHAT, json=body).status_code == 200
+    assert checked == [False]
+
+
+def test_an_obstacle_that_fails_is_not_taken_for_one_that_came():
+    from upg_jax.serve._connection import ClientGoneError, unless_gone
+
+    async def receive():
+        raise ZeroDivisionError
+
+    async def asked(receive):
+        return await unless_gone(receive, asyncio.sleep(10))
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(asked(receive))
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(ClientGoneError):
+        asyncio.run(asked(gone))

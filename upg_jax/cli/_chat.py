@@ -24,7 +24,7 @@ from upg_jax.cli._options import (
     SystemOption,
     TopKOption,
     TopPOption,
-    check_settings,
+    settings_among,
 )
 
 if TYPE_CHECKING:
@@ -60,22 +60,10 @@ def chat(
     pack: PackOption = None,
 ) -> None:
     """Talks with a model; /help lists what can be said to the program instead."""
+    settings = settings_among(locals())
     from upg_jax.cli._output import status, stderr
     from upg_jax.inference import Engine, UPGModel
 
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "frequency_penalty": frequency_penalty,
-        "presence_penalty": presence_penalty,
-        "seed": seed,
-        "stop": tuple(stop or ()),
-    }
-    check_settings(settings)
     with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
         engine = Engine(model, slots=1, context=context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ from upg_jax.cli._options import (
     SystemOption,
     TopKOption,
     TopPOption,
-    check_settings,
+    settings_among,
 )
 
 
@@ -46,24 +46,12 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and timing as JSON.")] = False,
 ) -> None:
     """Continues a prompt; the answer goes to stdout as it comes."""
+    settings = settings_among(locals())
     from upg_jax.cli._output import human_bytes, print_json, say, status, stderr, stdout
     from upg_jax.inference import UPGModel
 
     if system is not None and not chat:
         raise typer.BadParameter("needs --chat", param_hint="--system")
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "frequency_penalty": frequency_penalty,
-        "presence_penalty": presence_penalty,
-        "seed": seed,
-        "stop": tuple(stop or ()),
-    }
-    check_settings(settings)
     with status(f"opening {path}"):
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
     if chat and model.tokenizer is not None:

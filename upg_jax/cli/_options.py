@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,11 +47,14 @@ SystemOption = Annotated[
 ]
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Refuses options of sampling that no model can follow, before one is loaded."""
+def settings_among(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `GenerationSettings` among a command's options, checked before a model is loaded."""
     from upg_jax.inference import GenerationSettings
 
+    names = [field.name for field in dataclasses.fields(GenerationSettings) if field.name in options]
+    settings = {name: options[name] for name in names} | {"stop": tuple(options["stop"] or ())}
     try:
         GenerationSettings(**settings)
     except ValueError as e:
         raise typer.BadParameter(str(e)) from e
+    return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -32,6 +33,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait for a slot.")] = 64,
     max_choices: Annotated[int, typer.Option(min=1, help="Answers that one request may ask for.")] = 32,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 1 << 20,
+    max_bodies: Annotated[
+        int, typer.Option(min=1, help="Requests whose bodies may be on their way at the same time.")
+    ] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     body_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a request's body may take to come.")
@@ -45,6 +49,14 @@ def serve(
             help="Lets web pages of this origin use the server; may be repeated.", show_default=False
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name of this server, such as a proxy's in front of it; may be repeated. A server that listens on "
+            "this machine's own address answers only requests for one of its names.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = "float32",
     pack: PackOption = None,
 ) -> None:
@@ -52,7 +64,10 @@ def serve(
     from upg_jax._errors import MissingDependencyError
     from upg_jax.cli._output import status, stderr
 
+    # As for Ctrl-C: the first process of a container would not be ended by it otherwise.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        import h11  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as e:
@@ -61,14 +76,16 @@ def serve(
         ) from e
     from upg_jax.inference import Engine, UPGModel
     from upg_jax.serve import Limits, bind, create_app, run
-    from upg_jax.serve._limits import check_key
+    from upg_jax.serve._access import Access, is_loopback, own_hosts, url_of
 
+    hosts = own_hosts(host, allow_host or ())
     try:
-        check_key(api_key)
+        Access(api_key, hosts)
     except ValueError as e:
         raise typer.BadParameter(str(e), param_hint="--api-key") from e
     limits = Limits(
         body_bytes=max_body,
+        bodies=max_bodies,
         choices=max_choices,
         seconds=timeout,
         body_seconds=body_timeout,
@@ -81,8 +98,10 @@ def serve(
         engine = Engine(model, slots=slots, context=context, chunk=chunk, max_waiting=max_waiting)
         engine.warm_up()
     called = name or path.resolve().name
-    app = create_app(engine, name=called, limits=limits, api_key=api_key, cors_origins=cors_origin or ())
-    stderr.print(f"serving {called} on http://{host}:{port}/v1, {slots} slots of {engine.context} tokens")
-    if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
+    app = create_app(
+        engine, name=called, limits=limits, api_key=api_key, cors_origins=cors_origin or (), hosts=hosts
+    )
+    stderr.print(f"serving {called} on {url_of(host, port)}/v1, {slots} slots of {engine.context} tokens")
+    if not is_loopback(host) and api_key is None:
         stderr.print("anybody who reaches this address can use it: --api-key asks for a key", style="yellow")
     run(app, engine, listener, limits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import queue
 import secrets
@@ -121,9 +120,9 @@ class Engine:
                     f"together; got {tokens} and {new}"
                 )
             self.model.encode(request.prompt)
-            request.settings.bias(self.model.config.vocab_size)
+            request.settings.check_vocabulary(self.model.config.vocab_size)
             if request.settings.seed is None:
-                request.settings = dataclasses.replace(request.settings, seed=secrets.randbits(63))
+                request.settings = request.settings.with_seed(secrets.randbits(63))
             request.answer = Answer(self.model.tokenizer, request.settings, self.model.eos_token_ids)
         with self._wake:
             if self._closing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -106,18 +107,29 @@ class GenerationSettings:
         }
         return frozenset(name for name in given if given[name])
 
-    def bias(self, vocab_size: int) -> np.ndarray:
-        """`logit_bias` for every token, float32 `(vocab_size,)`.
+    def with_seed(self, seed: int) -> GenerationSettings:
+        """The same with another seed; nothing is checked again."""
+        other = copy.copy(self)
+        object.__setattr__(other, "seed", seed)
+        return other
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Checks what depends on the model.
 
         Raises:
-            ValueError: for a token outside the vocabulary.
+            ValueError: for a token of `logit_bias` outside the vocabulary.
         """
-        found = np.zeros(vocab_size, np.float32)
-        for token, bias in (self.logit_bias or {}).items():
+        for token in (min(self.logit_bias), max(self.logit_bias)) if self.logit_bias else ():
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"generate: logit_bias must be for token ids in [0, {vocab_size}); got {token}"
                 )
+
+    def bias(self, vocab_size: int) -> np.ndarray:
+        """`logit_bias` for every token, float32 `(vocab_size,)`; errors are those of `check_vocabulary`."""
+        self.check_vocabulary(vocab_size)
+        found = np.zeros(vocab_size, np.float32)
+        for token, bias in (self.logit_bias or {}).items():
             found[token] = bias
         return found
 

@@ -13,6 +13,9 @@ from upg_jax._errors import CheckpointError, MissingDependencyError
 from upg_jax.inference._chat import ChatTemplate, Message
 
 _FILE = "tokenizer.json"
+# After so many tokens that complete no character, all bytes but those of the last U+FFFD, at most three, are in none.
+# And the text of so many has the same end as that of all tokens, since a byte of UTF-8 shows whether it begins one.
+_GARBAGE = 16
 
 
 class Tokenizer:
@@ -70,6 +73,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens, added ones included."""
         return self._tokenizer.get_vocab_size()
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out unless told otherwise."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, content in added.items() if content.special)
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token's exact text, None if there is no such token."""
@@ -130,7 +139,8 @@ class Tokenizer:
 class TextStream:
     """Turns token ids into text as they come.
 
-    A character's bytes may be spread over tokens, so text is held back while it ends in an incomplete one.
+    A character's bytes may be spread over tokens, so text is held back while it ends in an incomplete one. A token
+    takes the same time however many came before.
     Together the pieces are what `Tokenizer.decode` makes of all ids. (Tokenizers that spell bytes as tokens judge a
     run of them as a whole: where the end of a run is no UTF-8, `decode` discards its beginning, too, which may have
     been shown.)
@@ -140,25 +150,29 @@ class TextStream:
         self._tokenizer = tokenizer
         # Ids since the last piece but one: a token's text may depend on the one before (leading spaces).
         self._ids: list[int] = []
-        self._known = 0
+        self._new = 0  # how many of them came since the last piece
+        self._shown = 0  # how much of their text was shown
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that is complete now, often one word, sometimes nothing."""
-        self._ids.append(token)
-        text, before = self._texts()
-        if text.endswith("\ufffd") or len(text) <= len(before):
+        if token in self._tokenizer.special_ids:
             return ""
-        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
-        return text[len(before) :]
+        self._ids.append(token)
+        self._new += 1
+        text = self._tokenizer.decode(self._ids)
+        held = text.endswith("\ufffd")
+        piece = text[self._shown : len(text) - held]
+        if not piece or (held and self._new < _GARBAGE):
+            return ""
+        self._ids, self._new = self._ids[-self._new :], 0
+        self._shown = len(self._tokenizer.decode(self._ids)) - held
+        return piece
 
     def finish(self) -> str:
         """Returns the text that was held back."""
-        text, before = self._texts()
-        self._ids, self._known = [], 0
-        return text[len(before) :]
-
-    def _texts(self) -> tuple[str, str]:
-        return self._tokenizer.decode(self._ids), self._tokenizer.decode(self._ids[: self._known])
+        text, shown = self._tokenizer.decode(self._ids), self._shown
+        self._ids, self._new, self._shown = [], 0, 0
+        return text[shown:]
 
 
 @functools.cache

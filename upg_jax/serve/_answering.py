@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from upg_jax.inference import Engine, EngineBusyError, EngineClosedError, Request, StreamedToken
-from upg_jax.serve._errors import ApiError, busy, ending
+from upg_jax.serve._errors import ApiError, busy, ending, late
 from upg_jax.serve._metrics import Metrics
-from upg_jax.serve._requests import Job, settings_of
+from upg_jax.serve._requests import Job
 
 if TYPE_CHECKING:
     from upg_jax.inference._request import Event
@@ -41,7 +41,7 @@ class Running:
                 except RuntimeError:  # the loop has ended, and with it everybody who might listen
                     self._engine.cancel(self._requests[choice])
 
-            return Request(job.prompts[choice // job.n], settings_of(job, choice), deliver)
+            return Request(job.prompts[choice // job.n], job.settings[choice], deliver)
 
         self._requests = [request(choice) for choice in range(len(job.prompts) * job.n)]
         self._left = len(self._requests)
@@ -66,7 +66,7 @@ class Running:
         while self._left:
             choice, event = await self._events.get()
             if isinstance(event, TimeoutError):
-                raise ApiError(504, "the answer took longer than this server allows", code="timeout")
+                raise late()
             if isinstance(event, EngineClosedError):
                 raise ending()
             if isinstance(event, Exception):

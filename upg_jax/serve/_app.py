@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -18,11 +17,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from upg_jax.inference import Engine, TokenLogprobs
+from upg_jax.serve._access import Access, check_json
 from upg_jax.serve._answering import Running
 from upg_jax.serve._connection import ClientGoneError, EventStream, read_body, unless_gone
 from upg_jax.serve._errors import ApiError, busy
 from upg_jax.serve._fields import parse_object
-from upg_jax.serve._limits import Limits, check_key
+from upg_jax.serve._limits import Limits
 from upg_jax.serve._metrics import Metrics
 from upg_jax.serve._requests import Job, parse_chat, parse_completion
 from upg_jax.serve._responses import Writer
@@ -37,12 +37,11 @@ class Server:
         ended: set when the server ends.
     """
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
-        self._engine, self._name, self._limits = engine, name, limits
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(self, engine: Engine, name: str, limits: Limits, access: Access) -> None:
+        self._engine, self._name, self._limits, self._access = engine, name, limits, access
         self._metrics = Metrics()
         self._created = int(time.time())
-        self._parsing = 0
+        self._reading = self._parsing = 0
         self.ended = asyncio.Event()
 
     def routes(self) -> list[Route]:
@@ -64,8 +63,9 @@ class Server:
         async def handle(request: Request) -> Response:
             status = 500
             try:
+                self._access.check_host(request)
                 if secret:
-                    self._check_key(request)
+                    self._access.check_key(request)
                 response = await handler(request)
                 status = response.status_code
                 return response
@@ -79,13 +79,6 @@ class Server:
                 self._metrics.requests[path, status] += 1
 
         return handle
-
-    def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
-        if self._key is not None and not hmac.compare_digest(given, self._key):
-            raise ApiError(
-                401, "a wrong or no API key was sent as 'Authorization: Bearer KEY'", code="invalid_api_key"
-            )
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
@@ -122,8 +115,7 @@ class Server:
     async def _answer(self, request: Request, parse: Callable[..., Job]) -> Response:
         engine, limits = self._engine, self._limits
         deadline = asyncio.get_running_loop().time() + limits.seconds
-        body = await read_body(request, limits.body_bytes, limits.body_seconds, self.ended)
-        job = await self._understood(body, parse)
+        job = await self._understood(await self._body(request), parse)
         writer = Writer(job, self._name, engine.model.tokenizer)
         running = Running(job, engine, self._metrics, deadline)
         if job.stream:
@@ -132,6 +124,19 @@ class Server:
             return JSONResponse(await unless_gone(request.receive, _whole(job, running, writer)))
         finally:
             running.end()
+
+    async def _body(self, request: Request) -> bytes:
+        """Reads a body, if not too many are on their way: each holds memory."""
+        limits = self._limits
+        check_json(request)
+        if self._reading >= limits.bodies:
+            raise busy("as many requests are on their way as may; try again later")
+        self._reading += 1
+        try:
+            seconds = min(limits.body_seconds, limits.seconds)
+            return await read_body(request, limits.body_bytes, seconds, self.ended)
+        finally:
+            self._reading -= 1
 
     async def _understood(self, body: bytes, parse: Callable[..., Job]) -> Job:
         """Parses a body in a thread: tokenizing a long prompt takes a while, in which others are served."""
@@ -197,6 +202,7 @@ def create_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> Starlette:
     """Makes the ASGI application that answers with an engine.
 
@@ -206,6 +212,8 @@ def create_app(
         limits: what is refused.
         api_key: what clients of `/v1` must send; None lets everybody in.
         cors_origins: web pages of these origins may use the server from a browser.
+        hosts: names and addresses that requests may be for; none lets them be for any. A server that is for this
+            machine alone should have some, or web pages can reach it under names of their own.
 
     Returns:
         The application. Requests whose bodies have not come are refused as soon as its `state.ended` is set.
@@ -213,11 +221,10 @@ def create_app(
     Raises:
         ValueError: for a key that no client can send.
     """
-    check_key(api_key)
     cors = Middleware(
         CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"]
     )
-    server = Server(engine, name, limits or Limits(), api_key)
+    server = Server(engine, name, limits or Limits(), Access(api_key, hosts))
     app = Starlette(
         routes=server.routes(),
         middleware=[cors] if cors_origins else [],

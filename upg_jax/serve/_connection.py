@@ -75,6 +75,7 @@ async def _unless(
     try:
         await asyncio.wait({task, other}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
+            other.result()  # an obstacle that failed is another error
             raise error
         return task.result()
     finally:

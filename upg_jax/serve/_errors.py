@@ -37,6 +37,13 @@ def busy(message: str) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 
+def late() -> ApiError:
+    """An answer takes too long."""
+    # OpenAI's clients would ask for it twice more, to be computed as far again.
+    headers = {"x-should-retry": "false"}
+    return ApiError(504, "the answer took longer than this server allows", code="timeout", headers=headers)
+
+
 def ending(headers: dict[str, str] | None = None) -> ApiError:
     """The server answers no more."""
     return ApiError(503, "the server is shutting down", headers={"Retry-After": "10", **(headers or {})})

@@ -79,7 +79,7 @@ class Fields:
             raise self.bad(name, f"must be in [{low}, {high}]; got {_short(value)}")
         return value
 
-    def strings(self, name: str, most: int) -> tuple[str, ...]:
+    def strings(self, name: str, most: int, longest: int) -> tuple[str, ...]:
         """A text, or a list of some; none may be empty."""
         value = self.get(name)
         found = [] if value is None else [value] if isinstance(value, str) else value
@@ -87,6 +87,8 @@ class Fields:
             raise self.bad(name, "must be a non-empty string or a list of them")
         if len(found) > most:
             raise self.bad(name, f"may have {most} strings; got {len(found)}")
+        if any(len(text) > longest for text in found):
+            raise self.bad(name, f"may have strings of {longest} characters; got {max(map(len, found))}")
         return tuple(found)
 
     def neutral(self, name: str, *values: Any) -> None:

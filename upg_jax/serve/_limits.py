@@ -1,9 +1,8 @@
-"""What a server refuses, so that no request can hold more than its share, and who may send requests at all."""
+"""What a server refuses, so that no request can hold more than its share."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,6 +11,7 @@ class Limits:
 
     Attributes:
         body_bytes: a request's body.
+        bodies: that may be on their way at the same time.
         choices: answers that one request may ask for, over all its prompts.
         seconds: that a request may take, waiting included; then it fails.
         body_seconds: that a request's body may take to come.
@@ -19,17 +19,8 @@ class Limits:
     """
 
     body_bytes: int = 1 << 20
+    bodies: int = 256
     choices: int = 32
     seconds: float = 600.0
     body_seconds: float = 30.0
     shutdown_seconds: float = 30.0
-
-
-def check_key(api_key: str | None) -> None:
-    """Refuses keys that no client can send: HTTP's headers, and OpenAI's client, know ASCII only.
-
-    Raises:
-        ValueError: for such a key.
-    """
-    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
-        raise ValueError("serve: an API key must be one or more visible ASCII characters; choose another")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from typing import Any
 
 from upg_jax.inference import GenerationSettings, UPGModel
@@ -11,6 +12,8 @@ from upg_jax.serve._fields import Fields
 from upg_jax.serve._prompts import chat_prompt, completion_prompts
 
 _SEEDS = 2**63
+_STOPS, _STOP_LENGTH = 16, 128  # OpenAI takes 4
+_BIASES = 1024  # OpenAI takes 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class Job:
     Attributes:
         chat: which of the two interfaces it uses.
         prompts: token ids of each.
-        settings: for all answers; their seeds count up from its seed.
+        settings: of each answer; their seeds count up from the request's.
         n: answers to each prompt.
         stream: send what there is.
         include_usage: end a stream with the numbers of tokens.
@@ -29,7 +32,7 @@ class Job:
 
     chat: bool
     prompts: list[list[int]]
-    settings: GenerationSettings
+    settings: list[GenerationSettings]
     n: int
     stream: bool
     include_usage: bool
@@ -126,9 +129,9 @@ def _job(
         "presence_penalty": fields.number("presence_penalty", -2, 2, 0.0),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2, 0.0),
         "logit_bias": _logit_bias(fields, model),
-        "seed": fields.integer("seed", -_SEEDS, _SEEDS - 1),
+        "seed": fields.integer("seed", -_SEEDS, _SEEDS - 1, secrets.randbits(63)),
         "logprobs": top if wanted else None,
-        "stop": fields.strings("stop", 16),
+        "stop": fields.strings("stop", _STOPS, _STOP_LENGTH),
         "stop_at_eos": not fields.flag("ignore_eos"),
     }
     if settings["top_k"] in (-1, 0):  # what clients of other servers send for "all"
@@ -144,7 +147,7 @@ def _job(
     return Job(
         chat=chat,
         prompts=prompts,
-        settings=checked,
+        settings=[checked.with_seed(settings["seed"] + choice) for choice in range(n * len(prompts))],
         n=n,
         stream=stream,
         include_usage=include_usage,
@@ -169,6 +172,8 @@ def _logit_bias(fields: Fields, model: UPGModel) -> dict[int, float]:
         return {}
     if not isinstance(value, dict):
         raise bad("logit_bias", "'logit_bias' must be an object from token ids to numbers")
+    if len(value) > _BIASES:
+        raise bad("logit_bias", f"'logit_bias' may have {_BIASES} tokens; got {len(value)}")
     found = {}
     for key, bias in value.items():
         known = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < model.config.vocab_size
@@ -180,9 +185,3 @@ def _logit_bias(fields: Fields, model: UPGModel) -> dict[int, float]:
             )
         found[int(key)] = float(bias)
     return found
-
-
-def settings_of(job: Job, choice: int) -> GenerationSettings:
-    """The settings of one answer: a job's seed is that of its first, and the others count up from it."""
-    seed = job.settings.seed
-    return dataclasses.replace(job.settings, seed=None if seed is None else seed + choice)
