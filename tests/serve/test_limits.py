@@ -70,14 +70,24 @@ def test_prompts_that_are_tokenized_take_places_to_wait(http, engine, idle, slow
         assert [job.result().status_code for job in others] == [200] * places
 
 
-def test_time_that_tokenizing_takes_counts(engine, idle, slow_tokenizer):
+@pytest.fixture
+def late(engine, model, monkeypatch):
+    """The address of a server whose prompts take longer to be tokenized than requests may take."""
     from upg_jax.serve import Limits, create_app
 
-    with serving(create_app(engine, name="small", limits=Limits(seconds=0.2))) as (host, port):
-        timer = threading.Timer(0.4, slow_tokenizer.set)
-        timer.start()
-        assert httpx.post(f"http://{host}:{port}{CHAT}", json=SHORT, timeout=60).status_code == 504
-        timer.join()
+    encode = type(model.tokenizer).encode
+
+    def late(self, *args, **more):
+        time.sleep(0.8)
+        return encode(self, *args, **more)
+
+    monkeypatch.setattr(type(model.tokenizer), "encode", late)
+    with serving(create_app(engine, name="small", limits=Limits(seconds=0.6))) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+def test_time_that_tokenizing_takes_counts(late, idle):
+    assert httpx.post(late + CHAT, json=SHORT, timeout=60).status_code == 504
     assert idle()
 
 
@@ -140,21 +150,14 @@ def test_more_bodies_than_may_be_on_their_way_are_refused_before_they_are_read(e
             assert time.monotonic() < deadline
 
 
-def test_an_answer_that_took_too_long_is_not_asked_for_again(engine, idle, slow_tokenizer):
+def test_an_answer_that_took_too_long_is_not_asked_for_again(late, idle):
     openai = pytest.importorskip("openai", reason='pip install "upg-jax[test]"')
-    from upg_jax.serve import Limits, create_app
-
-    app = create_app(engine, name="small", limits=Limits(seconds=0.2))
-    with serving(app) as (host, port):
-        timer = threading.Timer(0.4, slow_tokenizer.set)
-        timer.start()
-        with (
-            openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none") as client,
-            pytest.raises(openai.InternalServerError, match="took longer"),
-        ):
-            client.chat.completions.create(**SHORT)
-        timer.join()
-        counted = httpx.get(f"http://{host}:{port}/metrics").text
+    with (
+        openai.OpenAI(base_url=f"{late}/v1", api_key="none") as client,
+        pytest.raises(openai.InternalServerError, match="took longer"),
+    ):
+        client.chat.completions.create(**SHORT)
+    counted = httpx.get(f"{late}/metrics").text
     assert 'requests_total{path="/v1/chat/completions",status="504"} 1' in counted
     assert idle()
 
