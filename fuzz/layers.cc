@@ -1,16 +1,18 @@
-// A fuzz target for the kernels that read a layer's planes: the decoder, both products and the checks of deltas, on one
-// thread, with every set of kernels that this processor runs. An input becomes planes of exactly their length on the heap, so that
-// AddressSanitizer sees any access outside; row pointers may be as bad as they can be. With valid row pointers all sets
-// must decode to the same bits, products must agree with the decoded matrix, and the checks with a plain reading of the rules.
+// A fuzz target for what reads a layer's planes: the decoder, both products, the checks and the conversions of an index, on
+// one thread, with every set of kernels that this processor runs. An input becomes planes of exactly their length on the
+// heap, so that AddressSanitizer sees any access outside; row pointers may be as bad as they can be. With valid row
+// pointers all sets must decode to the same bits, products must agree with the decoded matrix, and checks and conversions
+// with a plain reading of the rules.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <string>
 #include <vector>
 
+#include "conversion_checks.h"
 #include "dispatch.h"
 #include "planes.h"
 #include "verification.h"
@@ -41,12 +43,14 @@ class Input {
 
 struct Case : upg::Planes {
   bool valid_pointers;
+  size_t alignment;  // of rows that are made of these
 
   explicit Case(Input& in) {
     const unsigned flags = in.byte();
     prime = flags & 1;
     valid_pointers = flags & 2;
     index = static_cast<Index>((flags >> 2) % 3);
+    alignment = size_t{1} << (flags >> 5) % 4;
     scales.assign(1 + in.byte() % 16, 0.5f);
     columns = 1 + in.two() % 1200;
     for (size_t row = 0; row <= rows(); ++row) row_pointers.push_back(in.two());
@@ -111,6 +115,23 @@ void check_products(const Case& p, const std::vector<float>& dense, const upg::P
   }
 }
 
+void check_index(const Case& p) {
+  const auto expect_of = [](bool condition, const std::string& what) { expect(condition, what.c_str()); };
+  if (!p.valid_pointers) {
+    // Conversions need row pointers that were checked; checks do not.
+    if (p.index == Index::kDelta8) upg::first_bad_row(p.layer(), upg::all_rows(p));
+    if (p.index == Index::kMask) upg::first_bad_mask_row(p.layer(), upg::all_rows(p));
+  } else if (p.index == Index::kMask) {
+    upg::check_mask(p, "mask", expect_of);
+  } else if (p.index == Index::kDense) {
+    upg::check_dense_rows(p, p.alignment, "dense rows", expect_of);
+  } else {
+    upg::check_rules(p, "deltas", expect_of);
+    const bool valid = first_row_against_the_rules(p) == p.rows() && first_row_outside(p) == p.rows();
+    upg::check_conversions(p, p.alignment, valid, "deltas", expect_of);
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, size_t size) {
@@ -132,9 +153,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, size_t size) {
     const size_t outside = upg::kernels().first_row_outside(p.layer());
     expect(!p.valid_pointers || outside == first_row_outside(p), "first row outside");
   }
-  if (p.index == Index::kDelta8) {
-    const size_t bad = upg::first_bad_row(p.layer());
-    expect(!p.valid_pointers || bad == first_row_against_the_rules(p), "first row against the rules");
-  }
+  check_index(p);
   return 0;
 }

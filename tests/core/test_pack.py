@@ -15,19 +15,23 @@ from oracle.mdcsr import columns_of, decode_layer
 
 from upg_jax import FormatError, MdCSR, _index, _native, pack, sparse_dense, stack, unpack, use_backend
 from upg_jax._encode import encode_dense
+from upg_jax._native import _conversion
 from upg_jax._pack import choose_index
 
 PACKED = ("mask", "dense")
 PLANES = ("values", "delta_indices", "prime_indices", "scales", "row_pointers")
 
 
-@pytest.fixture(params=["compiled", "numpy"])
+@pytest.fixture(params=["compiled", "shared", "numpy"])
 def conversions(request, monkeypatch):
-    """Runs a test with the compiled conversions, and without."""
+    """Runs a test with the compiled conversions, on one thread and on several, and without."""
     if request.param == "numpy":
         monkeypatch.setattr(_native, "load", lambda: None)
     elif _native.load() is None:
         pytest.skip(f"no native library: {_native.unavailable_reason()}")
+    elif request.param == "shared":
+        monkeypatch.setattr(_conversion, "_WEIGHTS_OF_A_THREAD", 1)
+        monkeypatch.setattr(_conversion, "_usable_cores", lambda: 3)
 
 
 def assert_same_bits(a: MdCSR, b: MdCSR) -> None:
@@ -253,6 +257,16 @@ def test_what_a_layer_in_delta8_cannot_hold_is_refused_on_the_way_back(conversio
         unpack(dataclasses.replace(mask, delta_indices=jnp.asarray(far.reshape(-1))))
     with pytest.raises(FormatError, match="row 0: a row's mask has at most one bit an entry"):
         unpack(dataclasses.replace(mask, row_pointers=jnp.asarray(np.array([0, 9, 600], np.uint32))))
+
+
+def test_several_threads_name_the_first_row_that_a_form_cannot_hold(conversions):
+    layer = Case("random", (50, 300)).layer
+    pointers = np.asarray(layer.row_pointers)
+    deltas = np.array(layer.delta_indices)
+    for row in (45, 20, 30):
+        deltas[pointers[row] + 1] = 0  # a second entry on the first one's column
+    with pytest.raises(FormatError, match="row 20: each column must have one entry"):
+        pack(dataclasses.replace(layer, delta_indices=jnp.asarray(deltas)), "mask")
 
 
 def test_the_form_is_chosen_by_density_and_kernels_and_says_why():

@@ -170,7 +170,7 @@ void check_valid(size_t rows, size_t columns, double density, size_t alignment, 
   const Planes deltas = random_planes(rows, columns, density, alignment, prime);
   const std::string shape = std::to_string(rows) + "x" + std::to_string(columns) + " at " + std::to_string(density);
   check_outside(deltas, name + shape, expect);
-  expect(first_bad_row(deltas.layer()) == deltas.rows(), name + shape + ": a valid layer breaks no rule");
+  expect(first_bad_row(deltas.layer(), all_rows(deltas)) == deltas.rows(), name + shape + ": a valid layer breaks no rule");
   check_rules_of_mutants(deltas, name + shape, expect);
   check_conversions(deltas, alignment, true, name + shape, expect);
   const Dense dense = plain_decode(deltas);
@@ -191,10 +191,8 @@ void check_garbage(bool prime, Index index, const std::string& name) {
   if (index == Index::kDelta8) check_outside(valid, name, expect);
   if (index == Index::kDelta8) check_rules(valid, name, expect);
   if (index == Index::kDelta8) check_conversions(valid, 1, false, name, expect);
-  if (index == Index::kMask) {
-    std::vector<std::uint8_t> deltas(valid.values.size());
-    deltas_from_mask(valid.layer(), deltas.data());
-  }
+  if (index == Index::kMask) check_mask(valid, name, expect);
+  if (index == Index::kDense) check_dense_rows(valid, size_t{1} << below(4), name, expect);
   check_products(valid, dense, 1 + below(20), Element::kFloat32, name);
   const Planes broken = garbage(1 + below(9), 1 + below(900), below(300), false, prime, index);
   const size_t vectors = 1 + below(20);
@@ -202,7 +200,8 @@ void check_garbage(bool prime, Index index, const std::string& name) {
   const Bits g = random_vectors(vectors * broken.rows(), Element::kFloat32);
   multiply(broken, data(x), data(g), Element::kFloat32, vectors, 2);
   if (index == Index::kDelta8) kernels().first_row_outside(broken.layer());
-  if (index == Index::kDelta8) first_bad_row(broken.layer());
+  if (index == Index::kDelta8) first_bad_row(broken.layer(), all_rows(broken));
+  if (index == Index::kMask) first_bad_mask_row(broken.layer(), all_rows(broken));
   decode(broken, 2);
   decode_to_bfloat16(broken, 2);
 }

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -28,15 +30,22 @@ class _Planes(ctypes.Structure):
     )
 
 
-SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "upg_first_bad_row": (_SIZE, [_POINTER]),
-    "upg_first_bad_mask_row": (_SIZE, [_POINTER]),
-    "upg_mask_from_deltas": (_SIZE, [_POINTER, _POINTER]),
-    "upg_deltas_from_mask": (_SIZE, [_POINTER, _POINTER]),
-    "upg_dense_from_deltas": (_SIZE, [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER]),
-    "upg_row_lengths_of_dense": (None, [_POINTER, _SIZE, _SIZE, _POINTER]),
-    "upg_deltas_from_dense": (None, [_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER]),
+_ARGUMENTS: dict[str, list[type]] = {
+    "upg_first_bad_row": [],
+    "upg_first_bad_mask_row": [],
+    "upg_mask_from_deltas": [_POINTER],
+    "upg_deltas_from_mask": [_POINTER],
+    "upg_dense_from_deltas": [_SIZE, _SIZE, _POINTER, _POINTER],
+    "upg_row_lengths_of_dense": [_SIZE, _SIZE, _POINTER],
+    "upg_deltas_from_dense": [_SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
 }
+# All take the planes, the first row and the end of some rows before that.
+SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    name: (_SIZE, [_POINTER, _SIZE, _SIZE, *more]) for name, more in _ARGUMENTS.items()
+}
+
+# Fewer weights take less time than threads to start.
+_WEIGHTS_OF_A_THREAD = 1 << 19
 
 
 class Conversions:
@@ -73,42 +82,49 @@ class Conversions:
         self._rows = shape[0]
         self._planes = _Planes(*pointers, *shape, capacity, INDEX_NUMBERS[index])
 
-    def _row(self, row: int) -> int | None:
-        return None if row == self._rows else row
+    def _row(self, function: str, *arguments: int | None) -> int | None:
+        """The first row that `function` returns for; threads share the rows."""
+        call = getattr(self._c, function)
+
+        def some(first: int, end: int) -> int | None:
+            row = call(ctypes.byref(self._planes), first, end, *arguments)
+            return None if row == end else row
+
+        threads = min(_usable_cores(), self._rows * self._planes.columns // _WEIGHTS_OF_A_THREAD, self._rows)
+        if threads < 2:
+            return some(0, self._rows)
+        cuts = [self._rows * i // threads for i in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(some, cuts[:-1], cuts[1:]))
+        return next((row for row in found if row is not None), None)
 
     def first_bad_row(self) -> int | None:
         """The first row of a layer with deltas that breaks rule 5, 6 or 7 of docs/format.md."""
-        return self._row(self._c.upg_first_bad_row(ctypes.byref(self._planes)))
+        return self._row("upg_first_bad_row")
 
     def first_bad_mask_row(self) -> int | None:
         """The first row with a bit outside the matrix or more bits than entries."""
-        return self._row(self._c.upg_first_bad_mask_row(ctypes.byref(self._planes)))
+        return self._row("upg_first_bad_mask_row")
 
     def mask_from_deltas(self, mask: np.ndarray) -> int | None:
         """Writes the mask of a layer with deltas."""
-        return self._row(self._c.upg_mask_from_deltas(ctypes.byref(self._planes), mask.ctypes.data))
+        return self._row("upg_mask_from_deltas", mask.ctypes.data)
 
     def deltas_from_mask(self, deltas: np.ndarray) -> int | None:
         """Writes the deltas of a mask."""
-        return self._row(self._c.upg_deltas_from_mask(ctypes.byref(self._planes), deltas.ctypes.data))
+        return self._row("upg_deltas_from_mask", deltas.ctypes.data)
 
     def dense_from_deltas(
         self, stride: int, row_alignment: int, values: np.ndarray, primes: np.ndarray | None
     ) -> int | None:
         """Writes rows of `stride` entries of a layer with deltas."""
         to = None if primes is None else primes.ctypes.data
-        return self._row(
-            self._c.upg_dense_from_deltas(
-                ctypes.byref(self._planes), stride, row_alignment, values.ctypes.data, to
-            )
-        )
+        return self._row("upg_dense_from_deltas", stride, row_alignment, values.ctypes.data, to)
 
     def row_lengths_of_dense(self, stride: int, row_alignment: int) -> np.ndarray:
         """How many entries each row has with deltas, uint32."""
         lengths = np.empty(self._rows, np.uint32)
-        self._c.upg_row_lengths_of_dense(
-            ctypes.byref(self._planes), stride, row_alignment, lengths.ctypes.data
-        )
+        self._row("upg_row_lengths_of_dense", stride, row_alignment, lengths.ctypes.data)
         return lengths
 
     def deltas_from_dense(
@@ -121,11 +137,11 @@ class Conversions:
     ) -> None:
         """Writes the entries of rows that are dense, where `row_pointers` say."""
         to = None if primes is None else primes.ctypes.data
-        self._c.upg_deltas_from_dense(
-            ctypes.byref(self._planes),
-            stride,
-            row_pointers.ctypes.data,
-            values.ctypes.data,
-            deltas.ctypes.data,
-            to,
+        self._row(
+            "upg_deltas_from_dense",
+            *(stride, row_pointers.ctypes.data, values.ctypes.data, deltas.ctypes.data, to),
         )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -59,17 +59,29 @@ size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers
   return upg::kernels().first_row_outside({nullptr, deltas, nullptr, nullptr, row_pointers, rows, columns, capacity});
 }
 
-size_t upg_first_bad_row(const UpgPlanes* p) { return upg::first_bad_row(layer_of(p)); }
-size_t upg_first_bad_mask_row(const UpgPlanes* p) { return upg::first_bad_mask_row(layer_of(p)); }
-size_t upg_mask_from_deltas(const UpgPlanes* p, uint8_t* mask) { return upg::mask_from_deltas(layer_of(p), mask); }
-size_t upg_deltas_from_mask(const UpgPlanes* p, uint8_t* deltas) { return upg::deltas_from_mask(layer_of(p), deltas); }
-size_t upg_dense_from_deltas(const UpgPlanes* p, size_t stride, size_t alignment, int8_t* values, uint16_t* primes) {
-  return upg::dense_from_deltas(layer_of(p), stride, alignment, values, primes);
+size_t upg_first_bad_row(const UpgPlanes* p, size_t first, size_t end) {
+  return upg::first_bad_row(layer_of(p), {first, end});
 }
-void upg_row_lengths_of_dense(const UpgPlanes* p, size_t stride, size_t alignment, uint32_t* lengths) {
-  upg::row_lengths_of_dense(layer_of(p), stride, alignment, lengths);
+size_t upg_first_bad_mask_row(const UpgPlanes* p, size_t first, size_t end) {
+  return upg::first_bad_mask_row(layer_of(p), {first, end});
 }
-void upg_deltas_from_dense(const UpgPlanes* p, size_t stride, const uint32_t* row_pointers, int8_t* values,
-                           uint8_t* deltas, uint16_t* primes) {
-  upg::deltas_from_dense(layer_of(p), stride, row_pointers, values, deltas, primes);
+size_t upg_mask_from_deltas(const UpgPlanes* p, size_t first, size_t end, uint8_t* mask) {
+  return upg::mask_from_deltas(layer_of(p), {first, end}, mask);
+}
+size_t upg_deltas_from_mask(const UpgPlanes* p, size_t first, size_t end, uint8_t* deltas) {
+  return upg::deltas_from_mask(layer_of(p), {first, end}, deltas);
+}
+size_t upg_dense_from_deltas(const UpgPlanes* p, size_t first, size_t end, size_t stride, size_t alignment,
+                             int8_t* values, uint16_t* primes) {
+  return upg::dense_from_deltas(layer_of(p), {first, end}, stride, alignment, values, primes);
+}
+size_t upg_row_lengths_of_dense(const UpgPlanes* p, size_t first, size_t end, size_t stride, size_t alignment,
+                                uint32_t* lengths) {
+  upg::row_lengths_of_dense(layer_of(p), {first, end}, stride, alignment, lengths);
+  return end;
+}
+size_t upg_deltas_from_dense(const UpgPlanes* p, size_t first, size_t end, size_t stride,
+                             const uint32_t* row_pointers, int8_t* values, uint8_t* deltas, uint16_t* primes) {
+  upg::deltas_from_dense(layer_of(p), {first, end}, stride, row_pointers, values, deltas, primes);
+  return end;
 }

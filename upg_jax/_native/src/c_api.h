@@ -27,8 +27,9 @@ UPG_API size_t upg_scratch_floats(int transposed, size_t groups, size_t vectors,
 UPG_API size_t upg_first_row_outside(const uint8_t* deltas, const uint32_t* row_pointers, size_t rows, size_t columns,
                                      size_t capacity);
 
-// The full check, and conversions between the forms of an index; verification.h and conversion.h say what each one does. `index` is the number of the form
-// that comes in; its planes and results that a call does not use may be null.
+// The full check, and conversions between the forms of an index, of the rows from `first` up to `end`; verification.h and
+// conversion.h say what each one does. `index` is the number of the form that comes in; its planes and results that a call
+// does not use may be null. All return the first of the rows that does not allow it, or `end`.
 struct UpgPlanes {
   const int8_t* values;
   const uint8_t* deltas;
@@ -39,12 +40,13 @@ struct UpgPlanes {
   size_t capacity;
   int32_t index;
 };
-UPG_API size_t upg_first_bad_row(const UpgPlanes*);
-UPG_API size_t upg_first_bad_mask_row(const UpgPlanes*);
-UPG_API size_t upg_mask_from_deltas(const UpgPlanes*, uint8_t* mask);
-UPG_API size_t upg_deltas_from_mask(const UpgPlanes*, uint8_t* deltas);
-UPG_API size_t upg_dense_from_deltas(const UpgPlanes*, size_t stride, size_t alignment, int8_t* values,
-                                     uint16_t* primes);
-UPG_API void upg_row_lengths_of_dense(const UpgPlanes*, size_t stride, size_t alignment, uint32_t* lengths);
-UPG_API void upg_deltas_from_dense(const UpgPlanes*, size_t stride, const uint32_t* row_pointers, int8_t* values,
-                                   uint8_t* deltas, uint16_t* primes);
+UPG_API size_t upg_first_bad_row(const UpgPlanes*, size_t first, size_t end);
+UPG_API size_t upg_first_bad_mask_row(const UpgPlanes*, size_t first, size_t end);
+UPG_API size_t upg_mask_from_deltas(const UpgPlanes*, size_t first, size_t end, uint8_t* mask);
+UPG_API size_t upg_deltas_from_mask(const UpgPlanes*, size_t first, size_t end, uint8_t* deltas);
+UPG_API size_t upg_dense_from_deltas(const UpgPlanes*, size_t first, size_t end, size_t stride, size_t alignment,
+                                     int8_t* values, uint16_t* primes);
+UPG_API size_t upg_row_lengths_of_dense(const UpgPlanes*, size_t first, size_t end, size_t stride, size_t alignment,
+                                        uint32_t* lengths);
+UPG_API size_t upg_deltas_from_dense(const UpgPlanes*, size_t first, size_t end, size_t stride,
+                                     const uint32_t* row_pointers, int8_t* values, uint8_t* deltas, uint16_t* primes);

@@ -18,6 +18,21 @@ size_t count_bits(std::uint64_t bits) { return static_cast<size_t>(__builtin_pop
 // Entries that bridge the gap to an entry `delta` columns on.
 size_t fillers_in(size_t delta) { return delta ? (delta - 1) / kMaxDelta : 0; }
 
+// Which of up to 64 values are not zero, a bit each; of eight at once, whose bits are then multiplied to one place.
+std::uint64_t weights_in(const std::int8_t* values, size_t count) {
+  std::uint64_t bits = 0;
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    constexpr std::uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+    std::uint64_t eight;
+    std::memcpy(&eight, values + i, sizeof eight);
+    const std::uint64_t weights = (((eight & kLow) + kLow) | eight) >> 7 & 0x0101010101010101;
+    bits |= (weights * 0x0102040810204080 >> 56) << i;
+  }
+  for (; i < count; ++i) bits |= std::uint64_t{values[i] != 0} << i;
+  return bits;
+}
+
 // Where a row's end padding begins.
 size_t end_of_entries(const Layer& layer, Range e) {
   while (e.end > e.begin && layer.values[e.end - 1] == 0 && layer.deltas[e.end - 1] == 0) --e.end;
@@ -26,21 +41,21 @@ size_t end_of_entries(const Layer& layer, Range e) {
 
 }  // namespace
 
-size_t first_bad_mask_row(const Layer& layer) {
+size_t first_bad_mask_row(const Layer& layer, Range rows) {
   const size_t words = words_of(layer), beyond = words * 64 - layer.columns;
-  for (size_t row = 0; row < layer.rows; ++row) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     size_t bits = 0;
     for (size_t w = 0; w < words; ++w) bits += count_bits(word_at(layer, row, w));
     if (bits > e.end - e.begin) return row;
     if (beyond && word_at(layer, row, words - 1) >> (64 - beyond)) return row;
   }
-  return layer.rows;
+  return rows.end;
 }
 
-size_t mask_from_deltas(const Layer& layer, std::uint8_t* mask) {
+size_t mask_from_deltas(const Layer& layer, Range rows, std::uint8_t* mask) {
   const size_t words = words_of(layer);
-  for (size_t row = 0; row < layer.rows; ++row) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const size_t end = end_of_entries(layer, e);
     std::uint8_t* const out = mask + row * words * 8;
@@ -59,12 +74,12 @@ size_t mask_from_deltas(const Layer& layer, std::uint8_t* mask) {
     }
     for (; word < words; ++word, bits = 0) std::memcpy(out + word * 8, &bits, sizeof bits);
   }
-  return layer.rows;
+  return rows.end;
 }
 
-size_t deltas_from_mask(const Layer& layer, std::uint8_t* deltas) {
+size_t deltas_from_mask(const Layer& layer, Range rows, std::uint8_t* deltas) {
   const size_t words = words_of(layer);
-  for (size_t row = 0; row < layer.rows; ++row) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     size_t entry = e.begin, previous = 0;
     for (size_t w = 0; w < words; ++w) {
@@ -76,12 +91,12 @@ size_t deltas_from_mask(const Layer& layer, std::uint8_t* deltas) {
       }
     }
   }
-  return layer.rows;
+  return rows.end;
 }
 
-size_t dense_from_deltas(const Layer& layer, size_t stride, size_t alignment, std::int8_t* values,
+size_t dense_from_deltas(const Layer& layer, Range rows, size_t stride, size_t alignment, std::int8_t* values,
                          std::uint16_t* primes) {
-  for (size_t row = 0; row < layer.rows; ++row) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const size_t end = end_of_entries(layer, e);
     if (round_up(end - e.begin, alignment) != e.end - e.begin) return row;
@@ -101,35 +116,40 @@ size_t dense_from_deltas(const Layer& layer, size_t stride, size_t alignment, st
     }
     if (end > e.begin && bridging) return row;
   }
-  return layer.rows;
+  return rows.end;
 }
 
-void row_lengths_of_dense(const Layer& layer, size_t stride, size_t alignment, std::uint32_t* lengths) {
-  for (size_t row = 0; row < layer.rows; ++row) {
+void row_lengths_of_dense(const Layer& layer, Range rows, size_t stride, size_t alignment, std::uint32_t* lengths) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     const std::int8_t* const values = layer.values + row * stride;
     size_t entries = 0, previous = 0;
-    for (size_t c = 0; c < layer.columns; ++c) {
-      if (values[c] == 0) continue;
-      entries += 1 + fillers_in(c - previous);
-      previous = c;
+    for (size_t c = 0; c < layer.columns; c += 64) {
+      const std::uint64_t bits = weights_in(values + c, smaller(64, layer.columns - c));
+      if (bits == 0) continue;
+      // Only the first weight of a word may be far from the one before.
+      entries += count_bits(bits) + fillers_in(c + static_cast<size_t>(__builtin_ctzll(bits)) - previous);
+      previous = c + 63 - static_cast<size_t>(__builtin_clzll(bits));
     }
     lengths[row] = static_cast<std::uint32_t>(round_up(entries, alignment));
   }
 }
 
-void deltas_from_dense(const Layer& layer, size_t stride, const std::uint32_t* row_pointers, std::int8_t* values,
-                       std::uint8_t* deltas, std::uint16_t* primes) {
-  for (size_t row = 0; row < layer.rows; ++row) {
+void deltas_from_dense(const Layer& layer, Range rows, size_t stride, const std::uint32_t* row_pointers,
+                       std::int8_t* values, std::uint8_t* deltas, std::uint16_t* primes) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     size_t entry = row_pointers[row], previous = 0;
-    for (size_t c = 0; c < layer.columns; ++c) {
-      const size_t at = row * stride + c;
-      if (layer.values[at] == 0) continue;
-      size_t delta = c - previous;
-      for (size_t n = fillers_in(delta); n > 0; --n, delta -= kMaxDelta) deltas[entry++] = kMaxDelta;
-      values[entry] = layer.values[at];
-      if (layer.primes) primes[entry] = layer.primes[at];
-      deltas[entry++] = static_cast<std::uint8_t>(delta);
-      previous = c;
+    for (size_t word = 0; word < layer.columns; word += 64) {
+      const size_t first = row * stride + word;
+      std::uint64_t bits = weights_in(layer.values + first, smaller(64, layer.columns - word));
+      for (; bits; bits &= bits - 1) {
+        const auto bit = static_cast<size_t>(__builtin_ctzll(bits));
+        size_t delta = word + bit - previous;
+        for (; delta > kMaxDelta; delta -= kMaxDelta) deltas[entry++] = kMaxDelta;
+        values[entry] = layer.values[first + bit];
+        if (layer.primes) primes[entry] = layer.primes[first + bit];
+        deltas[entry++] = static_cast<std::uint8_t>(delta);
+        previous = word + bit;
+      }
     }
   }
 }

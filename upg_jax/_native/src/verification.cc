@@ -34,14 +34,14 @@ bool is_bad(const std::int8_t* q, const std::uint16_t* k, size_t n) {
 
 }  // namespace
 
-size_t first_bad_row(const Layer& layer) {
-  for (size_t row = 0; row < layer.rows; ++row) {
+size_t first_bad_row(const Layer& layer, Range rows) {
+  for (size_t row = rows.begin; row < rows.end; ++row) {
     const Range e = entries_of(layer, row);
     const size_t n = e.end - e.begin;
     if (is_bad(layer.values + e.begin, layer.deltas + e.begin, n)) return row;
     if (layer.primes && is_bad(layer.values + e.begin, layer.primes + e.begin, n)) return row;
   }
-  return layer.rows;
+  return rows.end;
 }
 
 }  // namespace upg

@@ -5,7 +5,7 @@
 
 namespace upg {
 
-// The first row of a layer with deltas that breaks rule 5, 6 or 7, or the number of rows. Planes may hold anything.
-size_t first_bad_row(const Layer&);
+// The first of some rows of a layer with deltas that breaks rule 5, 6 or 7, or their end. Planes may hold anything.
+size_t first_bad_row(const Layer&, Range rows);
 
 }  // namespace upg
