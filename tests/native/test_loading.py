@@ -57,6 +57,11 @@ def test_a_library_built_from_older_sources_says_so(load, monkeypatch):
     assert "not of this version; reinstall upg_jax" in load()
 
 
+def test_a_library_whose_functions_take_other_arguments_says_so(load, monkeypatch):
+    monkeypatch.setattr(_native, "_INTERFACE", _native._INTERFACE + 1)
+    assert "not of this version; reinstall upg_jax: interface" in load()
+
+
 def test_an_old_jaxlib_is_not_given_the_handlers(load, monkeypatch):
     version = importlib.metadata.version
     monkeypatch.setattr(

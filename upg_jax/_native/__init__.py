@@ -30,6 +30,8 @@ DECODE_NARROW = "upg_jax.decode_narrow.v1"
 _HANDLERS = {SPARSE_DENSE, DENSE_SPARSE, DECODE, ATTEND, SPARSE_DENSE_NARROW, DECODE_NARROW}
 
 KERNELS_VARIABLE = "UPG_JAX_NATIVE_KERNELS"
+# Of `src/c_api.h`.
+_INTERFACE = 2
 # Older ones register handlers that were built for newer ones without a word; the first use of JAX then fails.
 _OLDEST_JAXLIB = (0, 10)
 
@@ -41,6 +43,7 @@ class Library:
         self._c = ctypes.CDLL(str(path))
         size, text, pointer = ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p
         signatures: dict[str, tuple[Any, list[Any]]] = {
+            "upg_interface": (ctypes.c_int, []),
             "upg_ffi_api_major": (ctypes.c_int, []),
             "upg_ffi_api_minor": (ctypes.c_int, []),
             "upg_handler_name": (text, [size]),
@@ -60,6 +63,11 @@ class Library:
     ) -> Conversions:
         """Conversions of the planes of one layer to another index."""
         return Conversions(self._c, index, shape, row_pointers, **planes)
+
+    @property
+    def interface(self) -> int:
+        """The version of `src/c_api.h`."""
+        return self._c.upg_interface()
 
     @property
     def ffi_api(self) -> tuple[int, int]:
@@ -175,6 +183,10 @@ def _load() -> Library | str:
         return f"the compiled kernels do not load: {error}"
     except AttributeError as error:  # a function that they lack
         return f"the compiled kernels are not of this version; reinstall upg_jax: {error}"
+    if library.interface != _INTERFACE:
+        return (
+            f"the compiled kernels are not of this version; reinstall upg_jax: interface {library.interface}"
+        )
     missing = _HANDLERS - library.handlers.keys()
     if missing:
         return f"the compiled kernels are not of this version; reinstall upg_jax: they lack {min(missing)}"

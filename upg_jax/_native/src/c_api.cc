@@ -30,6 +30,8 @@ upg::Layer layer_of(const UpgPlanes* p) {
 
 }  // namespace
 
+int upg_interface() { return 2; }
+
 int upg_ffi_api_major() { return XLA_FFI_API_MAJOR; }
 int upg_ffi_api_minor() { return XLA_FFI_API_MINOR; }
 

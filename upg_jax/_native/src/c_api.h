@@ -6,6 +6,9 @@
 
 #define UPG_API extern "C" __attribute__((visibility("default")))
 
+// The version of this file, which upg_jax/_native/__init__.py has, too: arguments of a function are nowhere else to be seen.
+UPG_API int upg_interface();
+
 // The version of XLA's FFI that the handlers were built for.
 UPG_API int upg_ffi_api_major();
 UPG_API int upg_ffi_api_minor();
