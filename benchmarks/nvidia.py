@@ -52,17 +52,12 @@ def planes(rows: int, columns: int, density: float, manifold: str, copies: int) 
     one = {
         "values": np.pad(rng.integers(1, 128, flat.size, np.int8), (0, pad)),
         "delta_indices": np.pad(deltas.astype(np.uint8), (0, pad)),
-        "prime_indices": np.pad(rng.integers(0, 10_000, flat.size, np.uint16), (0, pad))
-        if manifold == "prime"
-        else None,
         "scales": np.full(rows, 2.0**-20, np.float32),
         "row_pointers": pointers,
     }
     if manifold == "prime":
         one["prime_indices"] = np.pad(rng.integers(0, 10_000, flat.size, np.uint16), (0, pad))
-    layer = upg_jax.MdCSR(
-        **{k: None if v is None else jnp.asarray(v) for k, v in one.items()}, shape=(rows, columns)
-    )
+    layer = upg_jax.MdCSR(**{k: jnp.asarray(v) for k, v in one.items()}, shape=(rows, columns))
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (copies, *a.shape)) + jnp.zeros((), a.dtype), layer)
 
 
@@ -277,20 +272,19 @@ def transposed(algorithm: str) -> Callable[..., jax.Array]:
 
 def of_layer(
     case: dict[str, Any], density: float, manifold: str, counts: tuple[int, ...], algorithms: tuple[str, ...],
-    bandwidth: float | None,
+    bandwidth: float | None, dtypes: tuple[str, ...] = ("bfloat16", "float32"),
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     rows, columns = case["rows"], case["columns"]
     size = rows * columns * density * (2 if manifold == "unit" else 4)
     copies = max(2, min(24, int(-(-CACHE // size))))
     stack = planes(rows, columns, density, manifold, copies)
     read = sum(a.nbytes for a in jax.tree.leaves(stack)) / copies
-    for batch, dtype, algorithm in itertools.product(counts, ("bfloat16", "float32"), algorithms):
-        if len(counts) > 1 and (
-            (algorithm == "sparse" and batch > 128) or (manifold == "prime" and dtype == "float32")
-        ):
-            continue  # far beyond where the two meet; and no other than with bfloat16
+    for batch, dtype, algorithm in itertools.product(counts, dtypes, algorithms):
+        if len(counts) > 1 and algorithm == "sparse" and batch > 128:
+            continue  # far beyond where the two meet
         x = jax.random.normal(jax.random.key(9), (batch, columns), dtype)
-        used = min(copies, 24 if batch == 1 else 4)
+        # Fewer of small ones would measure how fast programs are dispatched.
+        used = min(copies, 24 if batch == 1 or rows * columns < 1 << 24 else 4)
         call = over_stack(sparse(algorithm), used)
         row = {
             **case, "batch": batch, "density": density, "manifold": manifold, "dtype": dtype,

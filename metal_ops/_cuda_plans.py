@@ -15,7 +15,7 @@ STREAM_KERNEL, LEVELS_KERNEL = "sparse_matvec_stream", "mdcsr_levels"
 
 _SIMD_WIDTH = 32
 _TABLE_BYTES = 4 * 10_000
-# Of an H100. Another number only shifts which of two good grids is taken.
+# Of an H100. A GPU with fewer takes some threadgroups after the others.
 _MULTIPROCESSORS = 132
 # The driver keeps 1 KiB of each resident threadgroup's shared memory.
 _RESERVED = 1 << 10

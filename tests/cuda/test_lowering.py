@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import jax
@@ -20,6 +21,7 @@ from upg_jax._sparse_dense import _cuda_lowering
 pytestmark = pytest.mark.skipif(
     _cuda.unavailable_reason() is not None, reason=f"cuda: {_cuda.unavailable_reason()}"
 )
+MANY = [Case("random", (330, 670), manifold) for manifold in ("unit", "prime")]
 UNIT, PRIME = Case("random", (33, 67)), Case("random", (33, 67), "prime")
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(_cuda.LAUNCH)]
 
@@ -75,9 +77,9 @@ def test_a_vmapped_stack_is_one_call():
     assert len(kernels(text)) == 1
 
 
-@pytest.mark.parametrize(("case", "dtype"), [(UNIT, "bfloat16"), (PRIME, "float32")])
+@pytest.mark.parametrize(("case", "dtype"), [(MANY[0], "bfloat16"), (MANY[1], "float32")])
 def test_many_vectors_multiply_dense_levels_that_are_exact(case, dtype):
-    text = program(sparse_dense, jnp.ones((512, 67), "bfloat16"), case.layer)
+    text = program(sparse_dense, jnp.ones((512, 670), "bfloat16"), case.layer)
     (name,) = kernels(text)
     assert name.split("/")[2] == f"mdcsr_levels_{case.manifold}_{dtype}"
     (product,) = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
@@ -86,9 +88,9 @@ def test_many_vectors_multiply_dense_levels_that_are_exact(case, dtype):
 
 
 def test_float32_vectors_meet_narrow_levels_as_three_bfloat16_ones():
-    text = program(sparse_dense, jnp.ones((512, 67)), UNIT.layer)
+    text = program(sparse_dense, jnp.ones((512, 670)), MANY[0].layer)
     assert [name.split("/")[2] for name in kernels(text)] == ["mdcsr_levels_unit_bfloat16"]
-    assert "tensor<1x1536x67xbf16>" in text
+    assert "tensor<1x1536x670xbf16>" in text
     x = jax.random.normal(jax.random.key(0), (1, 5, 67)) * jnp.logspace(-20, 12, 5)[None, :, None]
     parts = _cuda_lowering._three_parts(x)
     assert {part.dtype for part in parts} == {jnp.dtype("bfloat16")}
@@ -105,7 +107,7 @@ def test_gradients_scatter_where_dense_levels_would_take_gigabytes(layers, vecto
         operation="transposed", rows=35840, columns=5120, capacity=18_350_080, layers=layers, groups=layers,
         vectors=vectors, manifold="unit", dtype="bfloat16",
     )  # fmt: skip
-    assert _cuda_lowering._dense_is_faster(work) is not scatters
+    assert _cuda_lowering.dense_is_faster(work) is not scatters
 
 
 def test_groups_that_share_a_layer_scatter_their_gradients():
@@ -131,11 +133,11 @@ def test_columns_beyond_shared_memory_take_the_kernel_that_stages_nothing():
 
 @needs_four_devices
 @needs("shard_map")
-@pytest.mark.parametrize(("dim", "block"), [("out", (9, 67)), ("in", (33, 17))])
-@pytest.mark.parametrize(("batch", "kernel"), [(1, "sparse_matvec_stream"), (100, "mdcsr_levels")])
+@pytest.mark.parametrize(("dim", "block"), [("out", (83, 670)), ("in", (330, 168))])
+@pytest.mark.parametrize(("batch", "kernel"), [(1, "sparse_matvec_stream"), (512, "mdcsr_levels")])
 def test_a_sharded_layer_is_one_call_for_a_device_s_block(dim, block, batch, kernel):
-    layer = shard(PRIME.layer, jax.make_mesh((4,), ("model",)), "model", dim)
-    text = program(sparse_dense, jnp.ones((batch, 67)), layer)
+    layer = shard(MANY[1].layer, jax.make_mesh((4,), ("model",)), "model", dim)
+    text = program(sparse_dense, jnp.ones((batch, 670)), layer)
     ((file, _, _),) = [name.split("/") for name in kernels(text)]
     assert file == kernel
     (call,) = [line for line in text.splitlines() if "custom_call" in line and _cuda.LAUNCH in line]
@@ -166,11 +168,27 @@ def test_without_a_gpu_the_backend_cannot_be_forced():
         pass
 
 
-@pytest.mark.parametrize("case", [UNIT, PRIME], ids=str)
-@pytest.mark.parametrize("vectors", [1, 16, 512])
+@needs_four_devices
+@needs("shard_map")
+@pytest.mark.parametrize("dim", ["out", "in"])
+def test_rows_of_a_sharded_layer_are_rounded_by_the_kernel_and_sums_over_devices_are_not(dim):
+    layer = shard(PRIME.layer, jax.make_mesh((4,), ("model",)), "model", dim)
+    text = program(sparse_dense, jnp.ones((2, 67), "bfloat16"), layer)
+    assert ("ROUNDED=1" in text) == (dim == "out")
+    assert "ROUNDED" not in program(sparse_dense, jnp.ones((2, 67), "bfloat16"), layer, jnp.ones(33))
+
+
+TILED = [Case("last_column", (3, 20_000), manifold) for manifold in ("unit", "prime")]
+
+
+@pytest.mark.parametrize(
+    ("case", "vectors"),
+    [*itertools.product(MANY, (1, 16, 512)), (TILED[0], 16), (TILED[1], 16)],
+    ids=str,
+)
 def test_nvrtc_compiles_what_the_programs_name(case, vectors, tmp_path, monkeypatch):
     monkeypatch.setenv("METAL_OPS_CACHE", str(tmp_path))
-    (name,) = kernels(program(sparse_dense, jnp.ones((vectors, 67), "bfloat16"), case.layer))
+    (name,) = kernels(program(sparse_dense, jnp.ones((vectors, case.shape[1]), "bfloat16"), case.layer))
     cubin = metal_ops.compile_named(name, "sm_90")
     assert cubin.startswith(b"\x7fELF")
     (kept,) = tmp_path.iterdir()

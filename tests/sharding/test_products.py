@@ -74,6 +74,19 @@ CASES = [
 ]
 
 
+@each_dim
+@each_kind
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "bias"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_vectors_are_rounded_once(dtype, added, kind, dim):
+    case = CASES[0]
+    x = np.asarray(case.x(3), dtype)
+    bias = np.linspace(-1, 1, case.shape[0], dtype=np.float32) * added
+    y = jax.jit(sparse_dense)(put(x, kind), sharded(case, kind, dim), put(bias, kind) if added else None)
+    assert y.dtype == dtype
+    assert_within_bound(y, formula, x, case.weight, bias, terms=case.terms + DEVICES, dtype=dtype)
+
+
 # A mesh's kind of axes and a layer's encoding meet nowhere in the code.
 @each_dim
 @pytest.mark.parametrize(

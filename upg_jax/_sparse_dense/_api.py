@@ -80,19 +80,27 @@ def _product(
     x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array, *, backend: str
 ) -> jax.Array:
     layout, scales, planes = operands(layer)
-    wanted = {} if bias is not None or x.dtype == jnp.float32 else {"dtype": str(x.dtype)}
-    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend, **wanted)
+    dtype = _result(x, bias)
+    rounded = {} if dtype == "float32" else {"dtype": dtype}
+    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend, **rounded)
     return finish(y, x, bias)
+
+
+def _result(x: jax.Array, bias: jax.Array | None) -> str:
+    """What the product is asked for in: `x`'s dtype, unless something is added before it is rounded."""
+    return "float32" if bias is not None else str(x.dtype)
 
 
 def _sharded_product(x: Any, layer: ShardedMdCSR, bias: Any | None, index: Any | None) -> jax.Array:
     if is_local(layer):
         x, bias, index = check_operands(x, layer.block, bias, index)
-        return finish(product_of_block(x, layer, index, backend=requested_backend()), x, bias)
+        y = product_of_block(x, layer, index, backend=requested_backend(), dtype=_result(x, bias))
+        return finish(y, x, bias)
     # Planes of all blocks are no layer, but tell as much as the checks ask.
     x, bias, index = check_operands(x, dataclasses.replace(layer.block, shape=layer.shape), bias, index)
-    lead = leading_spec(x, layer)
-    return finish(mapped_product(x, layer, index, lead=lead, backend=requested_backend()), x, bias)
+    lead, backend = leading_spec(x, layer), requested_backend()
+    y = mapped_product(x, layer, index, lead=lead, backend=backend, dtype=_result(x, bias))
+    return finish(y, x, bias)
 
 
 def finish(y: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:

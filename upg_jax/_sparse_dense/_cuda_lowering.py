@@ -18,6 +18,7 @@ from jax import lax
 from upg_jax import _cuda
 from upg_jax._compat import mlir
 from upg_jax._errors import BackendError
+from upg_jax._sparse_dense import _cuda_costs
 from upg_jax._sparse_dense._primitive import Layout
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 Algorithm: TypeAlias = Literal["auto", "sparse", "dense"]
 
 _ELEMENTS = ("float32", "bfloat16", "float16")
-# Microseconds of dense levels and their product, fitted to what an H100 took (docs/nvidia.md): for a million weights, a
-# million entries, and a million weights times vectors. Float32 vectors meet narrow levels three times.
-_DENSE_COST = {"narrow": (1.5, 1.75, 0.0012), "three": (1.5, 1.75, 0.004), "float32": (3.3, 4.0, 0.038)}
 _MAX_GROUPS = 65_535
 # Bytes of dense levels: beyond, memory counts for more than time.
 _MAX_LEVELS = 2 << 30
@@ -92,7 +90,7 @@ def _product(
     if _is_nothing(work):
         return jnp.zeros(shape, dtype)
     flat = x.reshape(work.groups, work.vectors, features)
-    if algorithm == "sparse" or (algorithm == "auto" and not _dense_is_faster(work)):
+    if algorithm == "sparse" or (algorithm == "auto" and not dense_is_faster(work)):
         plan = _common_plan(work) if transposed else _product_plan(work, dtype)
         y = _call(plan, {"x": flat, "scales": scales, "index": index}, planes, (results,))
     elif transposed:
@@ -144,7 +142,8 @@ def _work(
     )
 
 
-def _dense_is_faster(work: metal_ops.Work) -> bool:
+def dense_is_faster(work: metal_ops.Work) -> bool:
+    """Whether `auto` multiplies dense levels."""
     # More groups than layers: some would decode the same layer again.
     level_bytes = 2 if work.manifold == "unit" else 4
     if work.groups > work.layers or work.groups * work.rows * work.columns * level_bytes > _MAX_LEVELS:
@@ -152,18 +151,11 @@ def _dense_is_faster(work: metal_ops.Work) -> bool:
     if work.operation == "transposed":
         return work.manifold == "unit" or work.vectors > 1
     plan = _product_plan(work, "float32")
-    passes = math.ceil(plan.steps[0].threadgroups[1] / plan.parts)
-    if passes == 1:
+    if _cuda_costs.passes(plan) == 1:
         return False
-    entries, weights = work.capacity * 1e-6, work.rows * work.columns * 1e-6
-    kind = "float32" if work.manifold == "prime" else "three" if work.dtype == "float32" else "narrow"
-    of_row, of_column = (1.5e-4, 0.8e-3) if kind == "three" else (3e-4, 1.1e-3)
-    one_pass = 1 + of_row * work.rows + of_column * work.columns / plan.parts
-    one_pass += (2.5 if work.manifold == "unit" else 3.0) * entries
-    sparse = 3 + passes * one_pass * (1 if plan.parts == 1 else 1.4)
-    of_weights, of_entries, of_products = _DENSE_COST[kind]
-    dense = 10 + of_weights * weights + of_entries * entries + of_products * weights * work.vectors
-    return dense < sparse
+    kind = _cuda_costs.kind_of(work)
+    dense = _cuda_costs.levels_microseconds(work, _cuda_costs.LEVELS[kind])
+    return dense < _cuda_costs.walk_microseconds(work, plan, _cuda_costs.WALK[kind])
 
 
 def _exact_dtype(x: Any, layout: Layout) -> Any:

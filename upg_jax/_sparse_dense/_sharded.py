@@ -32,18 +32,21 @@ def is_local(layer: ShardedMdCSR) -> bool:
     return True
 
 
-def product_of_block(x: jax.Array, layer: ShardedMdCSR, index: jax.Array, *, backend: str) -> jax.Array:
-    """The float32 product on one device, inside `jax.shard_map`: of its rows, or summed over the columns' devices."""
+def product_of_block(
+    x: jax.Array, layer: ShardedMdCSR, index: jax.Array, *, backend: str, dtype: str = "float32"
+) -> jax.Array:
+    """The product on one device, inside `jax.shard_map`: of its rows in `dtype`, or the float32 sum of all columns."""
     layout, scales, planes = operands(layer.block)
-    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend)
+    rounded = {} if dtype == "float32" or layer.dim == "in" else {"dtype": dtype}
+    y = bind(sparse_dense_p, x, scales, index, *planes, layout=layout, backend=backend, **rounded)
     return jax.lax.psum(y, layer.axis) if layer.dim == "in" else y
 
 
-@functools.partial(jax.jit, static_argnames=("lead", "backend"))
+@functools.partial(jax.jit, static_argnames=("lead", "backend", "dtype"))
 def mapped_product(
-    x: jax.Array, layer: ShardedMdCSR, index: jax.Array, *, lead: tuple[Any, ...], backend: str
+    x: jax.Array, layer: ShardedMdCSR, index: jax.Array, *, lead: tuple[Any, ...], backend: str, dtype: str
 ) -> jax.Array:
-    """The float32 product outside `jax.shard_map`, which it enters.
+    """The product outside `jax.shard_map`, which it enters; in `dtype` or, of cut columns, in float32.
 
     Args:
         x: `(..., in_features)`.
@@ -51,6 +54,7 @@ def mapped_product(
         index: as the primitive's.
         lead: the sharding of `x`'s leading dimensions.
         backend: as the primitive's.
+        dtype: as the primitive's.
     """
     columns = layer.dim == "in"
     features = [None, layer.axis]
@@ -64,7 +68,7 @@ def mapped_product(
     place = places(layer.cut)
     aligned = np.array_equal(place, np.arange(len(layer.cut) * block_length(layer.cut)))
     product = jax.shard_map(
-        functools.partial(product_of_block, backend=backend),
+        functools.partial(product_of_block, backend=backend, dtype=dtype),
         mesh=layer.mesh,
         in_specs=(x_spec, layer.specs, of_group),
         out_specs=y_spec,
