@@ -70,9 +70,9 @@ def products(paths: list[Path]) -> Iterator[Product]:
 
 
 def crossover(work: metal_ops.Work) -> int | None:
-    """The least number of vectors, up to 512, whose product takes dense levels."""
-    counts = range(1, 513)
-    return next((n for n in counts if dense_is_faster(dataclasses.replace(work, vectors=n))), None)
+    """The number of vectors from which on, up to 512, products take dense levels."""
+    walks = [n for n in range(513) if not dense_is_faster(dataclasses.replace(work, vectors=max(n, 1)))]
+    return None if walks[-1] == 512 else walks[-1] + 1
 
 
 def fitted(kind: costs.Kind, measured: list[Product]) -> None:

@@ -149,7 +149,7 @@ def dense_is_faster(work: metal_ops.Work) -> bool:
     if work.groups > work.layers or work.groups * work.rows * work.columns * level_bytes > _MAX_LEVELS:
         return False
     if work.operation == "transposed":
-        return work.manifold == "unit" or work.vectors > 1
+        return True
     plan = _product_plan(work, "float32")
     if _cuda_costs.passes(plan) == 1:
         return False
