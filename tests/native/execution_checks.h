@@ -65,7 +65,7 @@ void check_execution(Expect expect) {
       Notes notes;
       const auto execution = std::make_shared<Execution>(std::make_unique<NotingPlan>(items, 0, &notes), expected);
       std::vector<std::thread> threads;
-      for (size_t i = 1; i < turn_up; ++i) threads.emplace_back([execution] { execution->work(); });
+      for (size_t i = 1; i < turn_up; ++i) threads.emplace_back([execution] { execution->help(); });
       execution->work();
       for (std::thread& thread : threads) thread.join();
       execution->work();  // too late: nothing is left
@@ -98,7 +98,7 @@ void check_execution(Expect expect) {
                                        if (item == 19) go_on.set_value();
                                      }),
         2);
-    std::thread first([execution] { execution->work(); });
+    std::thread first([execution] { execution->help(); });
     began.get_future().wait();
     execution->work();
     first.join();
@@ -123,11 +123,35 @@ void check_execution(Expect expect) {
                                        std::this_thread::sleep_for(std::chrono::milliseconds(50));
                                      }),
         8);
-    std::thread helper([execution] { execution->work(); });
+    std::thread helper([execution] { execution->help(); });
     running.get_future().wait();
     execution->work();
     expect(notes.size() == 2 && notes[1].by == helper.get_id(), "execution: the caller waits for what a helper runs");
     helper.join();
+  }
+
+  // Want of memory on any thread reaches the caller, once nobody runs an item any more; what is left is not run.
+  for (const bool by_helper : {false, true}) {
+    Notes notes;
+    const auto caller = std::this_thread::get_id();
+    const auto execution = std::make_shared<Execution>(
+        std::make_unique<NotingPlan>(items, 0, &notes,
+                                     [&](size_t, size_t) {
+                                       if ((std::this_thread::get_id() == caller) != by_helper) throw std::bad_alloc();
+                                     }),
+        2);
+    std::thread helper([execution] { execution->help(); });
+    if (by_helper) helper.join();
+    bool thrown = false;
+    try {
+      execution->work();
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    const size_t ran = notes.size();
+    if (helper.joinable()) helper.join();
+    expect(thrown && ran == notes.size(), "execution: the caller is told of want of memory");
+    expect(in_order(notes, 1).empty() && in_order(notes, 2).empty(), "execution: a failure ends a plan");
   }
 
   // Helpers only where work is worth waking them, and one fewer than threads, as the caller works.

@@ -42,7 +42,7 @@ struct Planes {
 inline void run(std::unique_ptr<Plan> plan, size_t threads) {
   const auto execution = std::make_shared<Execution>(std::move(plan), threads);
   std::vector<std::thread> others;
-  for (size_t i = 1; i < threads; ++i) others.emplace_back([execution] { execution->work(); });
+  for (size_t i = 1; i < threads; ++i) others.emplace_back([execution] { execution->help(); });
   execution->work();
   for (std::thread& other : others) other.join();
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -109,3 +111,44 @@ def test_row_pointers_of_any_kind_crash_nothing(index, manifold, n, kernels):
         assert y.shape == (n, ROWS)
         assert vjp(jnp.ones((n, ROWS)))[0].shape == (n, COLUMNS)
         assert layer.to_dense(np.float32).shape == (ROWS, COLUMNS)
+
+
+# One row of 2**26 columns: its bfloat16 result takes 128 MB, the float32 row before rounding 256 MB more. A thread's
+# arena, which a limit does not count, has 64 MB at most.
+WANT_OF_MEMORY = """
+import resource
+import jax, jax.numpy as jnp, numpy as np
+from upg_jax import MdCSR
+
+def decoding(columns):
+    planes = {"values": np.int8, "delta_indices": np.uint8}
+    layer = MdCSR(
+        **{name: jnp.zeros(0, dtype) for name, dtype in planes.items()},
+        scales=jnp.ones(1),
+        row_pointers=jnp.zeros(2, jnp.uint32),
+        prime_indices=None,
+        shape=(1, columns),
+    )
+    compiled = jax.jit(lambda layer: layer.to_dense(jnp.bfloat16)).lower(layer).compile()
+    return lambda: jax.block_until_ready(compiled(layer))
+
+large, small = decoding(1 << 26), decoding(64)
+small()
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (256 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    large()
+except Exception as error:
+    print(error)
+print(small().shape)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where a process can be held to some memory")
+def test_want_of_memory_in_a_handler_is_an_error_and_the_process_goes_on():
+    done = subprocess.run([sys.executable, "-c", WANT_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    error, shape = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+    assert "RESOURCE_EXHAUSTED: upg_jax: out of memory" in error
+    assert shape == "(1, 64)"

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -25,9 +26,15 @@ class Execution {
     for (Phase& phase : phases_) phase.shares = std::vector<Share>(threads);
   }
 
-  // Returns when all items are done, whoever did them. An exception would leave the other threads waiting for an item that
-  // nobody finishes; the only one there can be, want of memory, ends the process.
-  void work() noexcept {
+  // Returns when all items are done, whoever did them. Want of memory for one, on whatever thread, is thrown here.
+  void work() {
+    help();
+    if (failed_.load(std::memory_order_relaxed)) throw std::bad_alloc();
+  }
+
+  // The same for other threads, which have nobody to throw to. What is left to do after a failure counts as done, so that
+  // nobody waits for it.
+  void help() noexcept {
     const size_t me = joined_.fetch_add(1, std::memory_order_relaxed);
     for (size_t p = 0; p < phases_.size(); ++p) {
       const size_t items = plan_->items()[p];
@@ -37,7 +44,7 @@ class Execution {
         for (;;) {
           const size_t item = begin + phases_[p].shares[share].claimed.fetch_add(1, std::memory_order_relaxed);
           if (item >= end) break;
-          plan_->run(p, item);
+          run(p, item);
           phases_[p].finished.fetch_add(1, std::memory_order_acq_rel);
         }
       }
@@ -54,6 +61,15 @@ class Execution {
     std::vector<Share> shares;
   };
 
+  void run(size_t phase, size_t item) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    try {
+      plan_->run(phase, item);
+    } catch (const std::bad_alloc&) {
+      failed_.store(true, std::memory_order_relaxed);
+    }
+  }
+
   // Items take microseconds, so another thread is soon done, unless it lost its processor: then yielding gives it this one,
   // and where the system has other plans, as with real-time priorities, sleeping does.
   static void wait(const std::atomic<size_t>& finished, size_t items) {
@@ -69,6 +85,7 @@ class Execution {
   std::unique_ptr<Plan> plan_;
   size_t threads_;
   std::atomic<size_t> joined_{0};
+  std::atomic<bool> failed_{false};
   std::vector<Phase> phases_;
 };
 
