@@ -70,6 +70,8 @@ struct Kernels {
   // The same for a slab of packed `g` into a packed slab of `y`, both `width` wide.
   void (*add_transposed)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
   void (*add_transposed_matrix)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
+  // The same for four to kVectorsOfWholeRows vectors, `g` in a slab, `y` packed by words; as product_of_whole_rows.
+  void (*add_transposed_whole_rows)(const Layer&, const float* g, size_t vectors, float* y, Range rows);
   // The dense `rows`, the first of them at `out`: float32(level) * scale.
   void (*decode)(const Layer&, float* out, Range rows);
   // The first row of [0, rows) whose last column is not below `columns`, or rows.

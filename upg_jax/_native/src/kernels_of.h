@@ -9,6 +9,7 @@
 #include "transposed.h"
 #include "vector_product.h"
 #include "whole_rows.h"
+#include "whole_rows_transposed.h"
 
 namespace upg {
 namespace {
@@ -25,6 +26,7 @@ constexpr Kernels kernels_of() {
       add_transposed_with_vector<Isa>,
       add_transposed<Isa>,
       add_transposed_matrix<Isa>,
+      add_transposed_whole_rows<Isa>,
       decode<Isa>,
       first_row_outside<Isa>,
       to_float<Isa>,

@@ -13,5 +13,7 @@ void pack_by_words(const Vectors& x, size_t group, size_t features, Range range,
 
 // Sums `parts` packed results, `stride` floats apart, into features [range) of y (count, features).
 void unpack_sum(const float* packed, size_t parts, size_t stride, size_t count, size_t features, Range range, float* y);
+void unpack_sum_of_words(const float* packed, size_t parts, size_t stride, size_t count, size_t features, Range range,
+                         float* y);
 
 }  // namespace upg

@@ -126,7 +126,8 @@ class TransposedPlan : public Plan {
         packed_(aligned(scratch)),
         packed_floats_(packed_floats(g.count, stack.first.rows)),
         sums_(packed_ + stack.groups * packed_floats_),
-        sums_floats_(packed_floats(g.count, stack.first.columns)),
+        whole_(adds_whole_rows(stack.first, g.count)),
+        sums_floats_(whole_ ? floats_by_words(g.count, stack.first.columns) : packed_floats(g.count, stack.first.columns)),
         parts_(transposed_parts(stack.first, g.count)),
         slabs_(g.count <= kSingleVectors ? g.count : slab_count(g.count)),
         split_(stack.first, parts_),
@@ -146,8 +147,9 @@ class TransposedPlan : public Plan {
       accumulate(item / slabs_ / parts_, item / slabs_ % parts_, item % slabs_);
     } else {
       const size_t group = item / columns_.pieces();
-      unpack_sum(sums(group, 0), parts_, sums_floats_, g_.count, stack_.first.columns,
-                 columns_.piece(item % columns_.pieces()), y_ + group * g_.count * stack_.first.columns);
+      (whole_ ? unpack_sum_of_words : unpack_sum)(sums(group, 0), parts_, sums_floats_, g_.count, stack_.first.columns,
+                                                  columns_.piece(item % columns_.pieces()),
+                                                  y_ + group * g_.count * stack_.first.columns);
     }
   }
 
@@ -158,6 +160,11 @@ class TransposedPlan : public Plan {
   void accumulate(size_t group, size_t part, size_t slab_index) const {
     const Layer layer = stack_.of_group(group);
     const Range rows = split_.rows(layer, part);
+    if (whole_) {
+      float* const y = sums(group, part);
+      std::fill_n(y, sums_floats_, 0.0f);
+      return kernels().add_transposed_whole_rows(layer, packed(group), g_.count, y, rows);
+    }
     if (g_.count <= kSingleVectors) {
       float* const y = sums(group, part) + slab_index * vector_stride(layer.columns);
       std::fill_n(y, layer.columns, 0.0f);
@@ -178,6 +185,7 @@ class TransposedPlan : public Plan {
   float* packed_;
   size_t packed_floats_;
   float* sums_;
+  bool whole_;
   size_t sums_floats_;
   size_t parts_;
   size_t slabs_;
