@@ -89,7 +89,7 @@ def memory_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
     while process.poll() is None:
         found = re.search(r"RssAnon:\s+(\d+)", status.read_text())
         yield 1024 * int(found[1]) if found else 0
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def done(destination: Path) -> int:
