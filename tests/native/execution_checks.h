@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <future>
@@ -133,11 +134,17 @@ void check_execution(Expect expect) {
   // Want of memory on any thread reaches the caller, once nobody runs an item any more; what is left is not run.
   for (const bool by_helper : {false, true}) {
     Notes notes;
+    std::atomic<bool> failed{by_helper};
     const auto caller = std::this_thread::get_id();
     const auto execution = std::make_shared<Execution>(
         std::make_unique<NotingPlan>(items, 0, &notes,
                                      [&](size_t, size_t) {
-                                       if ((std::this_thread::get_id() == caller) != by_helper) throw std::bad_alloc();
+                                       if ((std::this_thread::get_id() == caller) != by_helper) {
+                                         failed = true;
+                                         throw std::bad_alloc();
+                                       }
+                                       // The helper leaves an item to the caller.
+                                       while (!failed) std::this_thread::yield();
                                      }),
         2);
     std::thread helper([execution] { execution->help(); });
