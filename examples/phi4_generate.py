@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ PHI_4 = {
 
 
 def write_random_model(directory: Path, layers: int, density: float) -> None:
-    """Writes a model whose layers are all alike: a matrix of each shape is made once."""
+    """Writes all of a model or nothing. Its layers are all alike: a matrix of each shape is made once."""
     config = PHI_4 | {"num_hidden_layers": layers}
     rng = np.random.default_rng(0)
     tensors: dict[str, MdCSR | np.ndarray] = {}
@@ -54,9 +55,12 @@ def write_random_model(directory: Path, layers: int, density: float) -> None:
                 dense, density=density if inner else 1.0, index="delta8" if inner else "dense"
             )
         tensors |= dict.fromkeys(weight.names(layers), tensor)
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    save(directory / "model.safetensors", tensors, model=config)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+        made = Path(temporary) / directory.name
+        made.mkdir()
+        (made / "config.json").write_text(json.dumps(config))
+        save(made / "model.safetensors", tensors, model=config)
+        made.rename(directory)
 
 
 def main() -> None:

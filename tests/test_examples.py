@@ -85,6 +85,10 @@ def test_phi_4_is_made_at_random_generates_and_loads(tmp_path, monkeypatch, caps
         scripts[name].main()
         return capsys.readouterr().out
 
+    def interrupted(path, *arguments, **more):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
     small = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -94,6 +98,12 @@ def test_phi_4_is_made_at_random_generates_and_loads(tmp_path, monkeypatch, caps
     }
     monkeypatch.setattr(scripts["phi4_generate"], "PHI_4", scripts["phi4_generate"].PHI_4 | small)
     options = ("--random", "--layers", "3", "--density", "0.25", "--tokens", "5", "--dtype", "float32")
+    with monkeypatch.context() as patched:
+        patched.setattr(scripts["phi4_generate"], "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            printed("phi4_generate", *options)
+    assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
     said = printed("phi4_generate", *options)
     assert said.count("making ") == 9  # a matrix of each shape, whatever the number of layers
     assert re.search(r"^5 tokens in \S+ s, the prompt included: \S+ tokens/s$", said, re.MULTILINE)

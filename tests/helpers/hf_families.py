@@ -20,7 +20,7 @@ from upg_jax.models import load, weights
 
 VOCABULARY = 101
 WINDOW = 20
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -46,9 +46,23 @@ _GEMMA_3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
 }
 
-# Name of a case -> the family's prefix in transformers, and what is not as in `_SIZES`.
+# Name of a case -> the family's prefix in transformers, and what is not as in `SIZES`.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"head_dim": 16, "tie_word_embeddings": True}),
+    "llama3": (
+        "Llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": WINDOW}),
     "mistral-no-window": ("Mistral", {"head_dim": 10, "sliding_window": None, "num_hidden_layers": 1}),
     # head_dim 48 / 3 = 16, of which 12 are rotated.
@@ -99,19 +113,25 @@ def make(name: str) -> tuple[Any, Path]:
     torch = pytest.importorskip("torch", reason=reason)
     prefix, changes = CASES[name]
     config_class = getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
-    config = config_class(**_SIZES | changes)
+    config = config_class(**SIZES | changes)
     # More threads than one only wait for each other on matrices this small.
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            # Biases begin at zero and norms at one, where a mistake would not show.
-            if value.ndim == 1:
-                value.add_(0.3 * torch.randn_like(value))
+    model = without_neutral_parameters(getattr(transformers, f"{prefix}ForCausalLM")(config).eval())
     directory = _directory() / name
     model.save_pretrained(directory)
     return model, directory
+
+
+def without_neutral_parameters(model: Any) -> Any:
+    """Changes biases, which begin at zero, and norms, which begin at one: a mistake with them would not show."""
+    import torch
+
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.ndim == 1:
+                value.add_(0.3 * torch.randn_like(value))
+    return model
 
 
 def reference_logits(name: str, ids: np.ndarray) -> np.ndarray:

@@ -8,14 +8,14 @@ import time
 
 
 @contextlib.contextmanager
-def serving(app):
-    """Runs an application in a thread; yields its address."""
+def serving(app, listener=None):
+    """Runs an application in a thread, on a socket of the caller's if there is one; yields its address."""
     import uvicorn
 
     from upg_jax.serve._run import configuration
 
     server = uvicorn.Server(configuration(app, port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, args=([listener] if listener else None,))
     thread.start()
     while not server.started:
         time.sleep(0.01)

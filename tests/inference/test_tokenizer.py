@@ -220,6 +220,18 @@ def test_special_tokens_are_added_as_the_tokenizer_says(tmp_path):
         ({"tokenizer_config__json": "[]"}, r"tokenizer_config.json: must hold a JSON object"),
         ({"tokenizer__json": "{}"}, r"tokenizer.json: is not a tokenizer that"),
         ({"tokenizer_config__json": {"chat_template": 3}}, r"chat_template must be text; got int"),
+        (
+            {"tokenizer_config__json": {"chat_template": [{"name": "rag", "template": "x"}]}},
+            r"must have a template named 'default'; got names \['rag'\]",
+        ),
+        (
+            {"tokenizer_config__json": {"chat_template": ["x", 1, {"name": []}, {"name": "default"}]}},
+            r"must have a template named 'default'; got names \['default'\]",
+        ),
+        (
+            {"tokenizer_config__json": {"chat_template": [{"name": "default", "template": 1}]}},
+            r"text; got int",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path, files, message):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
+import json
 import socket
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 from helpers.serving import serving
 
 from upg_jax import UPGError
-from upg_jax.inference import Engine
+from upg_jax.inference import Engine, StreamedToken
 
 httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
 
@@ -159,6 +161,35 @@ def test_an_answer_that_took_too_long_is_not_asked_for_again(late, idle):
         client.chat.completions.create(**SHORT)
     counted = httpx.get(f"{late}/metrics").text
     assert 'requests_total{path="/v1/chat/completions",status="504"} 1' in counted
+    assert idle()
+
+
+def test_what_a_client_does_not_read_is_kept_no_longer_than_a_request_may_take(engine, idle):
+    from upg_jax.serve import Limits, bind, create_app
+
+    def held():
+        return sum(isinstance(thing, StreamedToken) for thing in gc.get_objects())
+
+    body = {**SHORT, "max_tokens": 100, "n": 6, "ignore_eos": True, "stream": True, "logprobs": True}
+    data = json.dumps({**body, "top_logprobs": 20}).encode()
+    head = BEGUN[:-1].replace(b"completions", b"chat/completions").replace(b"50", b"%d" % len(data))
+    app = create_app(engine, name="small", limits=Limits(seconds=2))
+    listener = bind("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with serving(app, listener) as address, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(address)
+        connection.sendall(head + data)
+        began = time.monotonic()
+        most = 0
+        while time.monotonic() < began + 2:
+            most = max(most, held())
+            time.sleep(0.05)
+        assert most > 100  # they could not be sent
+        while held():
+            assert time.monotonic() < began + 12
+            time.sleep(0.05)
+        assert connection.recv(12) == b"HTTP/1.1 200"
     assert idle()
 
 

@@ -211,7 +211,13 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):
-        template = {t["name"]: t["template"] for t in template}.get("default")
+        entries = [t for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)]
+        template = {t["name"]: t.get("template") for t in entries}.get("default")
+        if template is None:
+            raise CheckpointError(
+                f"{directory}: chat_template is a list, which must have a template named 'default'; got names "
+                f"{[t['name'] for t in entries]}; put the one to use into a file chat_template.jinja there"
+            )
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{directory}: chat_template must be text; got {type(template).__name__}")
     return template

@@ -14,6 +14,7 @@ from upg_jax.io._checkpoint import already_compressed, layer_order, read_bytes, 
 from upg_jax.io._header import DTYPES, Header, StoredTensor, read_header, strict_json
 from upg_jax.io._metadata import FORMAT
 from upg_jax.io._open import looks_like, open_regular
+from upg_jax.io._text_model import text_model
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -35,13 +36,13 @@ TOKENIZER_FILES = (
 
 
 class HuggingFaceCheckpoint:
-    """A Hugging Face directory; see `Checkpoint`."""
+    """A Hugging Face directory, of which text models are read alone; see `Checkpoint`."""
 
     def __init__(self, path: Path):
         self.path = path
         files = self._find_files()
-        self.config: dict[str, Any] = self._json(CONFIG)
-        method = self.config.get("quantization_config")
+        config = self._json(CONFIG)
+        method = config.get("quantization_config")
         if method is not None:
             name = method.get("quant_method") if isinstance(method, dict) else method
             raise CheckpointError(
@@ -55,6 +56,8 @@ class HuggingFaceCheckpoint:
             found |= {name: (path / file, tensor) for name, tensor in header.tensors.items()}
         if not found:
             raise CheckpointError(f"{path}: the safetensors files hold no tensor")
+        self.config: dict[str, Any]
+        self.config, found = text_model(path / CONFIG, config, found)
         self._files = [path / CONFIG, *(path / file for file in files)]
         self._tensors = {name: found[name] for name in layer_order(found)}
 

@@ -81,6 +81,8 @@ class Running:
     def end(self) -> None:
         """Frees whatever is still held; to be called however a job ends."""
         self._deadline.cancel()
+        # What was not read goes now, not when Python next looks for cycles such as this object's.
+        self._events = asyncio.Queue()
         if self._left:
             for request in self._requests:
                 self._engine.cancel(request)

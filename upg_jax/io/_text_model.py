@@ -1,0 +1,47 @@
+"""The text model inside a Hugging Face checkpoint that also reads images, as a checkpoint of its own would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from upg_jax._errors import CheckpointError
+
+# By the class that reads images, too: that of its text model alone.
+_TEXT_MODELS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+_TEXT = "language_model."
+_IMAGES = ("vision_tower.", "multi_modal_projector.")
+
+Tensor = TypeVar("Tensor")
+
+
+def text_model(
+    where: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Leaves out what reads images, and gives the rest the keys and names of a model of text.
+
+    Args:
+        where: names the checkpoint in messages.
+        config: content of its `config.json`.
+        tensors: by the names in its files.
+
+    Returns:
+        Configuration and tensors of the text model; both as they are for a checkpoint that has nothing else.
+
+    Raises:
+        CheckpointError: if there is no description of the text model.
+    """
+    declared = config.get("architectures")
+    known = [name for name in declared if name in _TEXT_MODELS] if isinstance(declared, list) else []
+    if not known:
+        return config, tensors
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{where}: {known[0]} must have an object 'text_config'; got {text!r}")
+    # Beside the text model's own: the token that ends a turn of a chat is named here.
+    outer = {key: config[key] for key in ("eos_token_id",) if key in config}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGES)}
+    return (
+        {**text, **outer, "architectures": [_TEXT_MODELS[known[0]]]},
+        {name.removeprefix(_TEXT): tensor for name, tensor in kept.items()},
+    )
