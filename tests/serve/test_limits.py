@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import gc
 import json
 import socket
 import threading
 import time
+import weakref
 
 import pytest
 from helpers.serving import serving
 
 from upg_jax import UPGError
-from upg_jax.inference import Engine, StreamedToken
+from upg_jax.inference import Engine
+from upg_jax.inference._answer import Answer
 
 httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
 
@@ -164,11 +165,20 @@ def test_an_answer_that_took_too_long_is_not_asked_for_again(late, idle):
     assert idle()
 
 
-def test_what_a_client_does_not_read_is_kept_no_longer_than_a_request_may_take(engine, idle):
+def test_what_a_client_does_not_read_is_kept_no_longer_than_a_request_may_take(engine, idle, monkeypatch):
     from upg_jax.serve import Limits, bind, create_app
 
-    def held():  # which stops everybody else for a while
-        return sum(isinstance(thing, StreamedToken) for thing in gc.get_objects())
+    said, push = [], Answer.push
+
+    def noted(self, *arguments):
+        token = push(self, *arguments)
+        said.append(weakref.ref(token))
+        return token
+
+    def held():
+        return sum(token() is not None for token in said)
+
+    monkeypatch.setattr(Answer, "push", noted)
 
     body = {**SHORT, "max_tokens": 100, "n": 6, "ignore_eos": True, "stream": True, "logprobs": True}
     data = json.dumps({**body, "top_logprobs": 20}).encode()
@@ -183,10 +193,10 @@ def test_what_a_client_does_not_read_is_kept_no_longer_than_a_request_may_take(e
         began = time.monotonic()
         while held() < 50:  # which could not be sent
             assert time.monotonic() < began + 4
-            time.sleep(0.5)
+            time.sleep(0.05)
         while held():
             assert time.monotonic() < began + 15
-            time.sleep(0.5)
+            time.sleep(0.05)
         assert connection.recv(12) == b"HTTP/1.1 200"
     assert idle()
 
