@@ -29,6 +29,7 @@ from upg_jax._sparse_dense._primitive import operands
 
 SHAPES = ((35840, 5120), (5120, 5120), (5120, 17920), (7680, 5120))  # Phi-4's projections
 CACHE = 300 << 20  # bytes that copies of a matrix take together
+MOST_COPIES = 24
 SMALL = (1536, 1536)
 BATCHES = (8, 16, 32, 48, 64, 128, 512)
 
@@ -59,6 +60,12 @@ def planes(rows: int, columns: int, density: float, manifold: str, copies: int) 
         one["prime_indices"] = np.pad(rng.integers(0, 10_000, flat.size, np.uint16), (0, pad))
     layer = upg_jax.MdCSR(**{k: jnp.asarray(v) for k, v in one.items()}, shape=(rows, columns))
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (copies, *a.shape)) + jnp.zeros((), a.dtype), layer)
+
+
+def copies_of(rows: int, columns: int, density: float, manifold: str) -> int:
+    """How many layers exceed the cache, up to what a program may have of products."""
+    size = rows * columns * density * (2 if manifold == "unit" else 4)
+    return max(2, min(MOST_COPIES, int(-(-CACHE // size))))
 
 
 def microseconds(call: Callable[[], Any], products: int, repeats: int = 7) -> float:
@@ -135,7 +142,7 @@ def graph_of_torch(f: Callable[[int], Any], copies: int) -> float:
 
 def cublas(rows: int, columns: int, batch: int) -> Iterator[dict[str, Any]]:
     """Dense bfloat16 by jitted JAX, alone and for one vector with what may fuse behind it, and by torch."""
-    copies = max(2, min(24, -(-CACHE // (2 * rows * columns))))
+    copies = max(2, min(MOST_COPIES, -(-CACHE // (2 * rows * columns))))
     stack = [jax.random.normal(jax.random.key(i), (rows, columns), jnp.bfloat16) for i in range(copies)]
     x = jax.random.normal(jax.random.key(9), (batch, columns), jnp.bfloat16)
     for then, act in (("", lambda y: y), (", then silu", jax.nn.silu))[: 2 if batch == 1 else 1]:
@@ -247,7 +254,7 @@ def others(quick: bool) -> Iterator[dict[str, Any]]:
             **bcsr(rows, columns, density),
         }
     for (rows, columns), density, manifold in itertools.product(SHAPES[:2], (0.1, 0.5), ("unit", "prime")):
-        copies = 3
+        copies = copies_of(rows, columns, density, manifold)
         stack = planes(rows, columns, density, manifold, copies)
         case = {"rows": rows, "columns": columns, "density": density, "manifold": manifold}
         for batch, algorithm in itertools.product((1,) if quick else (1, 8), ("sparse", "dense")):
@@ -275,16 +282,14 @@ def of_layer(
     bandwidth: float | None, dtypes: tuple[str, ...] = ("bfloat16", "float32"),
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     rows, columns = case["rows"], case["columns"]
-    size = rows * columns * density * (2 if manifold == "unit" else 4)
-    copies = max(2, min(24, int(-(-CACHE // size))))
+    copies = copies_of(rows, columns, density, manifold)
     stack = planes(rows, columns, density, manifold, copies)
     read = sum(a.nbytes for a in jax.tree.leaves(stack)) / copies
     for batch, dtype, algorithm in itertools.product(counts, dtypes, algorithms):
         if len(counts) > 1 and algorithm == "sparse" and batch > 128:
             continue  # far beyond where the two meet
         x = jax.random.normal(jax.random.key(9), (batch, columns), dtype)
-        # Fewer of small ones would measure how fast programs are dispatched.
-        used = min(copies, 24 if batch == 1 or rows * columns < 1 << 24 else 4)
+        used = copies
         call = over_stack(sparse(algorithm), used)
         row = {
             **case, "batch": batch, "density": density, "manifold": manifold, "dtype": dtype,

@@ -57,14 +57,14 @@ def walk_microseconds(work: metal_ops.Work, plan: metal_ops.Plan, costs: Walk) -
     """Returns what a product by `plan` takes."""
     a_pass = costs.of_rows * work.rows * 1e-3 + costs.of_entries * work.capacity * 1e-6
     a_pass += costs.of_columns * work.columns / plan.parts * 1e-3
-    return costs.start + passes(plan) * a_pass * (costs.tiles if plan.parts > 1 else 1)
+    return costs.start + work.groups * passes(plan) * a_pass * (costs.tiles if plan.parts > 1 else 1)
 
 
 def levels_microseconds(work: metal_ops.Work, costs: Levels) -> float:
     """Returns what dense levels and their product take."""
     weights = work.rows * work.columns * 1e-6
     made = costs.of_weights * weights + costs.of_entries * work.capacity * 1e-6
-    return costs.start + made + costs.of_products * weights * work.vectors
+    return costs.start + work.groups * (made + costs.of_products * weights * work.vectors)
 
 
 def passes(plan: metal_ops.Plan) -> int:

@@ -144,12 +144,11 @@ def _work(
 
 def dense_is_faster(work: metal_ops.Work) -> bool:
     """Whether `auto` multiplies dense levels."""
-    # More groups than layers: some would decode the same layer again.
     level_bytes = 2 if work.manifold == "unit" else 4
-    if work.groups > work.layers or work.groups * work.rows * work.columns * level_bytes > _MAX_LEVELS:
+    if work.groups * work.rows * work.columns * level_bytes > _MAX_LEVELS:
         return False
     if work.operation == "transposed":
-        return True
+        return work.groups <= work.layers  # else some layers would be decoded again, mostly for few vectors
     plan = _product_plan(work, "float32")
     if _cuda_costs.passes(plan) == 1:
         return False
