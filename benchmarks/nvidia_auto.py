@@ -71,7 +71,7 @@ def products(paths: list[Path]) -> Iterator[Product]:
 
 def crossover(work: metal_ops.Work) -> int | None:
     """The number of vectors from which on, up to 512, products take dense levels."""
-    # Within a pass a walk costs the same and levels more and more: what decides is the end of a pass, of 8 or 16 vectors.
+    # Within a pass a walk costs the same and levels ever more: what decides is the end of a pass, of 8 or 16 vectors.
     walks = [n for n in range(0, 513, 8) if not dense_is_faster(dataclasses.replace(work, vectors=max(n, 1)))]
     return None if walks[-1] == 512 else walks[-1] + 1
 
