@@ -35,14 +35,13 @@ inline double product_cost(const Layer& layer, size_t vectors) {
 
 // Whether a few vectors meet whole rows on the way back, too. (Packed by words, fewer columns would take more scratch memory.)
 inline bool adds_whole_rows(const Layer& layer, size_t vectors) {
-  return reads_whole_rows(layer, vectors) && vectors > kSingleVectors && layer.columns >= 64;
+  return reads_whole_rows(layer, vectors) && (vectors <= kSingleVectors || layer.columns >= 64);
 }
 
 inline double transposed_cost(const Layer& layer, size_t vectors) {
   if (adds_whole_rows(layer, vectors)) return columns_cost(layer, 0.05 + 0.04 * static_cast<double>(vectors));
   if (is_matrix(layer, vectors)) return columns_cost(layer, 0.026 * static_cast<double>(round_up(vectors, kUnit)));
-  const bool whole = reads_whole_rows(layer, vectors) && vectors <= kSingleVectors;
-  return whole ? columns_cost(layer, 0.09 * static_cast<double>(vectors)) : 1.5 * entries_cost(layer, vectors);
+  return 1.5 * entries_cost(layer, vectors);
 }
 
 }  // namespace upg

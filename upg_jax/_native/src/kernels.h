@@ -65,12 +65,12 @@ struct Kernels {
   void (*matrix_product)(const Layer&, const float* x, size_t vectors, float* y, Range slabs, Range rows, Workspace&);
   // As product_of_whole_rows, with values of fewer than 8 bits.
   void (*product_of_narrow)(const Layer&, const float* x, size_t vectors, float* y, Range rows);
-  // y += g[rows] @ W[rows] for one vector.
+  // y += g[rows] @ W[rows] for one vector; the index is deltas or the manifold is prime.
   void (*add_transposed_with_vector)(const Layer&, const float* g, float* y, Range rows);
   // The same for a slab of packed `g` into a packed slab of `y`, both `width` wide.
   void (*add_transposed)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
   void (*add_transposed_matrix)(const Layer&, const float* g, float* y, size_t width, Range rows, Workspace&);
-  // The same for four to kVectorsOfWholeRows vectors, `g` in a slab, `y` packed by words; as product_of_whole_rows.
+  // The same for up to kVectorsOfWholeRows vectors and what product_of_whole_rows takes: `g` is packed, `y` packed by words.
   void (*add_transposed_whole_rows)(const Layer&, const float* g, size_t vectors, float* y, Range rows);
   // The dense `rows`, the first of them at `out`: float32(level) * scale.
   void (*decode)(const Layer&, float* out, Range rows);

@@ -105,10 +105,10 @@ void unpack_sum_of_words(const float* packed, size_t parts, size_t stride, size_
     for (size_t begin = range.begin, end; begin < range.end; begin = end) {
       end = smaller(range.end, begin / 64 * 64 + 64);
       const float* const word = packed + (begin / 64 * count + v) * 64 + begin % 64;
-      for (size_t i = 0; i < end - begin; ++i) {
-        float sum = 0;
-        for (size_t part = 0; part < parts; ++part) sum += word[part * stride + i];
-        y[v * features + begin + i] = sum;
+      float* const out = y + v * features + begin;
+      for (size_t i = 0; i < end - begin; ++i) out[i] = word[i];
+      for (size_t part = 1; part < parts; ++part) {
+        for (size_t i = 0; i < end - begin; ++i) out[i] += word[part * stride + i];
       }
     }
   }

@@ -107,12 +107,18 @@ class ProductPlan : public Plan {
   size_t turns_;
 };
 
+// Pieces of the vectors that are summed on their own.
+size_t transposed_slabs(const Layer& layer, size_t vectors) {
+  if (adds_whole_rows(layer, vectors)) return 1;
+  return vectors <= kSingleVectors ? vectors : slab_count(vectors);
+}
+
 // Rows scatter over all columns, so each part of the rows sums into its own copy of the result; the copies are added in
 // the end. How many parts there are depends on shapes only, hence so do the sums.
 size_t transposed_parts(const Layer& layer, size_t vectors) {
   constexpr size_t kParts = 8;
   constexpr size_t kEntriesPerColumn = 32;  // below, adding up copies costs more than it gains
-  const size_t independent = vectors <= kSingleVectors ? vectors : slab_count(vectors);
+  const size_t independent = transposed_slabs(layer, vectors);
   const size_t worthwhile = RowSplit::work(layer) / (kEntriesPerColumn * layer.columns + 1);
   return std::max<size_t>(std::min(kParts / std::max<size_t>(independent, 1), worthwhile), 1);
 }
@@ -129,7 +135,7 @@ class TransposedPlan : public Plan {
         whole_(adds_whole_rows(stack.first, g.count)),
         sums_floats_(whole_ ? floats_by_words(g.count, stack.first.columns) : packed_floats(g.count, stack.first.columns)),
         parts_(transposed_parts(stack.first, g.count)),
-        slabs_(g.count <= kSingleVectors ? g.count : slab_count(g.count)),
+        slabs_(transposed_slabs(stack.first, g.count)),
         split_(stack.first, parts_),
         rows_(stack.first.rows, kItemFloats / g.count),
         columns_(stack.first.columns, kItemFloats / g.count) {

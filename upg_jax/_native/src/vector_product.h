@@ -96,24 +96,11 @@ inline void scatter_row(const Layer& layer, Range e, float g, float* y) {
       [&](size_t column, std::int8_t q, const std::uint16_t* k) { y[column] += g * level_of<kPrime>(q, k); });
 }
 
-// The same for a row whose index is a mask, or dense.
+// The same for a row of the prime manifold whose index is a mask, or dense.
 template <class Isa>
-inline void add_expanded_row(const Layer& layer, size_t row, float g, float* y) {
-  if (layer.primes) {
-    for_row_entries<Isa, true>(layer, row, [&](const std::uint32_t* columns, const float* levels, size_t n) {
-      for (size_t i = 0; i < n; ++i) y[columns[i]] += g * levels[i];
-    });
-    return;
-  }
-  using Run = typename Isa::Run;
-  const typename Run::Eight factor = Run::broadcast(g);
-  for_row_values<Isa>(layer, row, [&](size_t first, const std::int8_t* values, size_t columns) {
-    float* const at = y + first;
-    size_t c = 0;
-    for (; c + Isa::kRun <= columns; c += Isa::kRun) {
-      Run::store(at + c, Run::multiply_add(factor, Run::from_int8(values + c), Run::load(at + c)));
-    }
-    for (; c < columns; ++c) at[c] += g * static_cast<float>(values[c]);
+inline void scatter_prime_entries(const Layer& layer, size_t row, float g, float* y) {
+  for_row_entries<Isa, true>(layer, row, [&](const std::uint32_t* columns, const float* levels, size_t n) {
+    for (size_t i = 0; i < n; ++i) y[columns[i]] += g * levels[i];
   });
 }
 
@@ -123,7 +110,7 @@ void add_transposed_with_vector(const Layer& layer, const float* g, float* y, Ra
     const Range e = entries_of(layer, row);
     const float scaled = g[row] * layer.scales[row];
     if (layer.index != Index::kDelta8) {
-      add_expanded_row<Isa>(layer, row, scaled, y);
+      scatter_prime_entries<Isa>(layer, row, scaled, y);
     } else if (layer.primes) {
       scatter_row<Isa, true>(layer, e, scaled, y);
     } else {

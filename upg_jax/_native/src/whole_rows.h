@@ -12,6 +12,29 @@ namespace {
 // A compiler that does not unroll these loops keeps the sums in memory.
 #define UPG_UNROLL _Pragma("GCC unroll 16")
 
+// Calls `use` with the number of vectors, up to eight, as a compile-time constant.
+template <class Use>
+inline void with_vectors(size_t vectors, Use use) {
+  switch (vectors) {
+    case 1:
+      return use(Constant<1>());
+    case 2:
+      return use(Constant<2>());
+    case 3:
+      return use(Constant<3>());
+    case 4:
+      return use(Constant<4>());
+    case 5:
+      return use(Constant<5>());
+    case 6:
+      return use(Constant<6>());
+    case 7:
+      return use(Constant<7>());
+    default:
+      return use(Constant<8>());
+  }
+}
+
 // Adds `words` words of kRows rows from `row` on, which share each load of a vector. Where these are not all words of
 // the rows, `read` and `sums` keep what was read and added so far.
 template <class Isa, bool kDense, size_t kRows, size_t kVectors>
@@ -103,28 +126,10 @@ void product_of_whole_rows(const Layer& layer, const float* x, size_t vectors, f
     }
     return;
   }
-  const auto multiply = [&](auto count) {
+  with_vectors(vectors, [&](auto count) {
     if (layer.index == Index::kDense) return product_of_whole_rows_with<Isa, true, count.value>(layer, x, y, rows);
     product_of_whole_rows_with<Isa, false, count.value>(layer, x, y, rows);
-  };
-  switch (vectors) {
-    case 1:
-      return multiply(Constant<1>());
-    case 2:
-      return multiply(Constant<2>());
-    case 3:
-      return multiply(Constant<3>());
-    case 4:
-      return multiply(Constant<4>());
-    case 5:
-      return multiply(Constant<5>());
-    case 6:
-      return multiply(Constant<6>());
-    case 7:
-      return multiply(Constant<7>());
-    default:
-      return multiply(Constant<8>());
-  }
+  });
 }
 
 }  // namespace
