@@ -197,6 +197,26 @@ def test_a_failure_of_the_device_reaches_everybody_who_waits(model, monkeypatch)
     engine.close()
 
 
+def test_a_panic_below_python_reaches_who_waits(model, monkeypatch):
+    """What Rust's libraries raise is no `Exception`."""
+    from upg_jax.inference import _slots
+
+    class PanicError(BaseException):
+        pass
+
+    def panic(*args):
+        raise PanicError("called `Option::unwrap()` on a `None` value")
+
+    engine = Engine(model, slots=1, context=64, chunk=16)
+    monkeypatch.setattr(_slots, "advance", panic)
+    client = Client(prompt_of(3), max_new_tokens=5)
+    engine.submit([client.request])
+    with pytest.raises(RuntimeError, match="PanicError: called"):
+        client.result()
+    assert not engine.alive
+    engine.close()
+
+
 def test_a_warm_up_that_fails_says_so(model, monkeypatch):
     from upg_jax.inference import _slots
 

@@ -142,6 +142,14 @@ def test_a_token_takes_the_same_time_however_many_came_before_that_show_nothing(
     assert tokenizer.longest <= 32
 
 
+def test_ids_without_a_token_are_not_kept():
+    tokenizer = Tokenizer(byte_level())
+    stream, word = TextStream(tokenizer), tokenizer.encode("he")
+    assert [stream.push(tokenizer.vocab_size + i) for i in range(100)] == [""] * 100
+    assert stream._ids == []
+    assert "".join([*map(stream.push, word), stream.finish()]) == "he"
+
+
 def test_a_words_leading_space_is_kept_and_the_texts_is_not():
     tokenizer = Tokenizer(byte_fallback())
     ids = [tokenizer.token_id("▁the"), tokenizer.token_id("▁capital"), tokenizer.token_id("s")]

@@ -73,6 +73,19 @@ def test_without_a_description_of_the_text_model_it_is_refused(gemma, tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_two_tensors_that_would_be_one_of_the_text_model_are_named(gemma, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(gemma[1] / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["language_model.model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((gemma[1] / "config.json").read_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"language_model\.model\.norm\.weight and model\.norm\.weight are one"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def test_a_tensor_that_belongs_to_neither_part_is_named(gemma, tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -49,19 +49,44 @@ def test_json_may_be_declared_in_any_way(url, kind):
         ("127.0.0.1", ["chat.example"], ["Chat.example", "localhost"], ["page.example"]),
         ("0.0.0.0", [], ["127.0.0.1", "page.example"], []),
         ("0.0.0.0", ["chat.example"], ["chat.example:443", "127.0.0.1"], ["page.example"]),
+        ("0.0.0.0", ["Chat.example:443"], ["chat.example"], ["page.example"]),
     ],
     ids=str,
 )
 def test_a_server_of_this_machine_has_no_other_names(engine, host, allowed, answered, refused):
     from upg_jax.serve._access import own_hosts
 
-    with serving(app_of(engine, hosts=own_hosts(host, allowed))) as (address, port):
+    with serving(app_of(engine, hosts=own_hosts(host, host, allowed))) as (address, port):
         for name in answered + refused:
             for path in ("/v1/models", "/health", "/metrics"):
                 response = httpx.get(f"http://{address}:{port}{path}", headers={"Host": name})
                 assert response.status_code == (200 if name in answered else 421)
     if refused:
         assert "--allow-host" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("spelled", ["127.1", "2130706433", "localhost"])
+def test_a_loopback_address_is_known_however_it_is_spelled(spelled):
+    from upg_jax.serve import bind
+    from upg_jax.serve._access import own_hosts
+
+    with bind(spelled, 0) as listener:
+        assert "localhost" in own_hosts(listener.getsockname()[0], spelled, ())
+
+
+@pytest.mark.parametrize("host", ["http://chat.example", "chat.example/v1", "a b", ""])
+def test_a_host_that_no_request_can_have_is_refused(host):
+    from upg_jax.serve._access import Access
+
+    with pytest.raises(ValueError, match="a host is a name or an address"):
+        Access(None, [host])
+
+
+def test_no_redirection_repeats_another_server_s_name(engine):
+    with serving(app_of(engine, hosts=["localhost"])) as (address, port):
+        response = httpx.get(f"http://{address}:{port}/health/", headers={"Host": "page.example"})
+    assert response.status_code == 404
+    assert "location" not in response.headers
 
 
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER  "])

@@ -78,11 +78,10 @@ def serve(
     from upg_jax.serve import Limits, bind, create_app, run
     from upg_jax.serve._access import Access, is_loopback, own_hosts, url_of
 
-    hosts = own_hosts(host, allow_host or ())
     try:
-        Access(api_key, hosts)
+        Access(api_key, allow_host or ())
     except ValueError as e:
-        raise typer.BadParameter(str(e), param_hint="--api-key") from e
+        raise typer.BadParameter(str(e), param_hint="--api-key, --allow-host") from e
     limits = Limits(
         body_bytes=max_body,
         bodies=max_bodies,
@@ -92,6 +91,8 @@ def serve(
         shutdown_seconds=shutdown_timeout,
     )
     listener = bind(host, port)
+    address = listener.getsockname()[0]
+    hosts = own_hosts(address, host, allow_host or ())
     with status(f"opening {path}") as say:
         model = UPGModel.from_file(path, dtype=dtype, pack=pack)
         say("compiling")
@@ -102,6 +103,6 @@ def serve(
         engine, name=called, limits=limits, api_key=api_key, cors_origins=cors_origin or (), hosts=hosts
     )
     stderr.print(f"serving {called} on {url_of(host, port)}/v1, {slots} slots of {engine.context} tokens")
-    if not is_loopback(host) and api_key is None:
+    if not is_loopback(address) and api_key is None:
         stderr.print("anybody who reaches this address can use it: --api-key asks for a key", style="yellow")
     run(app, engine, listener, limits)

@@ -189,11 +189,12 @@ class Engine:
                 self._take_in()
                 self._step()
             self._end(EngineClosedError("engine: was closed before the answer was finished"))
-        except Exception as e:  # whatever it is, nobody may wait for an answer for ever
+        except BaseException as e:  # a panic in Rust, too: nobody may wait for an answer for ever
             _LOG.error("the engine failed and answers no more requests", exc_info=e)
+            failure = e if isinstance(e, Exception) else RuntimeError(f"{type(e).__name__}: {e}")
             with self._wake:
-                self.failure, self._closing = e, "now"
-            self._end(e)
+                self.failure, self._closing = failure, "now"
+            self._end(failure)
 
     def _wait(self) -> bool:
         """Waits for work; false if the engine shall end."""

@@ -80,6 +80,10 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(token for token, content in added.items() if content.special)
 
+    def knows(self, token: int) -> bool:
+        """Whether an id is that of a token."""
+        return self._tokenizer.id_to_token(token) is not None
+
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token's exact text, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
@@ -155,7 +159,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that is complete now, often one word, sometimes nothing."""
-        if token in self._tokenizer.special_ids:
+        # An id without a token (a model may have more than its tokenizer) shows nothing either, and would be kept.
+        if token in self._tokenizer.special_ids or not self._tokenizer.knows(token):
             return ""
         self._ids.append(token)
         self._new += 1

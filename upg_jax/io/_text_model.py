@@ -29,7 +29,7 @@ def text_model(
         Configuration and tensors of the text model; both as they are for a checkpoint that has nothing else.
 
     Raises:
-        CheckpointError: if there is no description of the text model.
+        CheckpointError: if there is no description of the text model, or two tensors have one name in it.
     """
     declared = config.get("architectures")
     known = [name for name in declared if name in _TEXT_MODELS] if isinstance(declared, list) else []
@@ -41,7 +41,11 @@ def text_model(
     # Beside the text model's own: the token that ends a turn of a chat is named here.
     outer = {key: config[key] for key in ("eos_token_id",) if key in config}
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGES)}
-    return (
-        {**text, **outer, "architectures": [_TEXT_MODELS[known[0]]]},
-        {name.removeprefix(_TEXT): tensor for name, tensor in kept.items()},
-    )
+    renamed = {name.removeprefix(_TEXT): tensor for name, tensor in kept.items()}
+    twice = sorted(name for name in kept if name.startswith(_TEXT) and name.removeprefix(_TEXT) in kept)
+    if twice:
+        raise CheckpointError(
+            f"{where}: {twice[0]} and {twice[0].removeprefix(_TEXT)} are one tensor of the text model; the checkpoint "
+            "must have one of them"
+        )
+    return {**text, **outer, "architectures": [_TEXT_MODELS[known[0]]]}, renamed

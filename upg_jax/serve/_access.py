@@ -30,12 +30,18 @@ class Access:
             hosts: names and addresses that a request's Host may have; none lets it have any.
 
         Raises:
-            ValueError: for a key that no client can send: HTTP's headers, and OpenAI's client, know ASCII only.
+            ValueError: for a key that no client can send (HTTP's headers, and OpenAI's client, know ASCII only), or a
+                host that is no name or address.
         """
         if api_key is not None and not re.fullmatch("[!-~]+", api_key):
             raise ValueError("serve: an API key must be one or more visible ASCII characters; choose another")
         self._key = None if api_key is None else api_key.encode()
-        self._hosts = frozenset(host.lower() for host in hosts)
+        self._hosts = frozenset(map(_name_in, hosts))
+        for host in hosts:
+            if not re.fullmatch(r"[\w.:-]+", _name_in(host)):
+                raise ValueError(
+                    f"serve: a host is a name or an address, without http:// or a path; got {host!r}"
+                )
 
     def check_host(self, request: Request) -> None:
         """Refuses a request for another server.
@@ -43,7 +49,7 @@ class Access:
         Raises:
             ApiError: 421.
         """
-        name = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
+        name = _name_in(request.headers.get("host", ""))
         if self._hosts and name not in self._hosts:
             raise ApiError(
                 421, f"this server is not {name[:200]!r}; 'upg-jax serve --allow-host NAME' lets it be"
@@ -78,12 +84,16 @@ def check_json(request: Request) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is for programs of this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+def _name_in(host: str) -> str:
+    """The name or address in a Host header, which may have a port, and brackets around an IPv6 address."""
+    name = host.lower()
+    bare = name.count(":") > 1 and not name.startswith("[")  # IPv6 as one writes it elsewhere
+    return name if bare else re.sub(r":\d*$", "", name).strip("[]")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address that is listened on is for programs of this machine only."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def url_of(host: str, port: int) -> str:
@@ -91,14 +101,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def own_hosts(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
+def own_hosts(address: str, host: str, allowed: Sequence[str]) -> tuple[str, ...]:
     """The names that a server on an address has.
 
     Args:
-        host: where it listens.
+        address: where it listens, from the socket: `127.1` and many another name are the loopback address, too.
+        host: how that was named.
         allowed: further names, such as a proxy's in front of it.
 
     Returns:
         Those for `Access`: none, so any, if it listens beyond this machine and nothing was said about its names.
     """
-    return (*_LOOPBACK, host, *allowed) if allowed or is_loopback(host) else ()
+    return (*_LOOPBACK, address, host, *allowed) if allowed or is_loopback(address) else ()

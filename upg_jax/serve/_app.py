@@ -230,5 +230,6 @@ def create_app(
         middleware=[cors] if cors_origins else [],
         exception_handlers={HTTPException: _http_error, Exception: _failure},
     )
+    app.router.redirect_slashes = False  # a redirection would repeat any Host
     app.state.ended = server.ended
     return app

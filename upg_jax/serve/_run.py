@@ -18,12 +18,23 @@ from upg_jax._errors import UPGError
 from upg_jax.inference import Engine
 from upg_jax.serve._limits import Limits
 
+# Bytes of what a client sends before it has its answer: beyond, nothing more is read until then.
+_MOST_AHEAD = 1 << 16
+
 
 class _Protocol(H11Protocol):
-    """Uvicorn's, which says nothing more to a client once it has refused what that sent.
+    """Uvicorn's, with two differences.
 
-    Its own sends an answer that the application gives meanwhile, or a second refusal, which h11 takes for a mistake.
+    It says nothing more to a client once it has refused what that sent: its own sends an answer that the application
+    gives meanwhile, or a second refusal, which h11 takes for a mistake. And it goes on reading when a client sends
+    something before it has its answer: its own would not notice that such a client is gone.
     """
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        ahead = len(self.conn.trailing_data[0]) if self.conn.their_state is h11.DONE else 0
+        if 0 < ahead <= _MOST_AHEAD:
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is not None:
