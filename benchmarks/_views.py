@@ -54,13 +54,13 @@ class Compared(NamedTuple):
 
     Attributes:
         value: of their medians.
-        least: of all turns, in which contenders ran one after the other.
+        least: of all turns, in which contenders ran one after the other; None if they ran in different runs.
         greatest: likewise.
     """
 
     value: float
-    least: float
-    greatest: float
+    least: float | None
+    greatest: float | None
 
 
 def compared(combine: Callable[..., float], *of: tuple[Row, str]) -> Compared | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks._rows import builds, read
-from benchmarks._views import Compared, Row, compared, most_threads, of_topic, ours, times_as_fast
+from benchmarks._views import Compared, Row, compared, median, most_threads, of_topic, ours, times_as_fast
 
 DENSE = "XLA dense float32"
 
@@ -51,10 +51,10 @@ def _square(peer: str, **case: float) -> Callable[[list[Row]], Iterator[Compared
     return measured
 
 
-def _every_density(shape: tuple[int, int]) -> Callable[[list[Row]], Iterator[Compared | None]]:
+def _every_density(shape: tuple[int, int], manifold: str) -> Callable[[list[Row]], Iterator[Compared | None]]:
     def measured(rows: list[Row]) -> Iterator[Compared | None]:
         for row in of_topic(rows, "product", rows=shape[0], columns=shape[1], batch=1):
-            yield times_as_fast(row, DENSE, ours(row))
+            yield times_as_fast(row, DENSE, ours(row, manifold))
 
     return measured
 
@@ -81,9 +81,12 @@ def _packing(name: str) -> Callable[[list[Row]], Iterator[Compared | None]]:
     return measured
 
 
-def _decode(rows: list[Row]) -> Iterator[Compared | None]:
-    for row in of_topic(rows, "decode"):
-        yield times_as_fast(row, "numpy.copyto", ours(row))
+def _decode(manifold: str) -> Callable[[list[Row]], Iterator[Compared | None]]:
+    def measured(rows: list[Row]) -> Iterator[Compared | None]:
+        for row in of_topic(rows, "decode"):
+            yield times_as_fast(row, "numpy.copyto", ours(row, manifold))
+
+    return measured
 
 
 def _overhead(rows: list[Row]) -> Iterator[Compared | None]:
@@ -99,11 +102,10 @@ def _sharing(rows: list[Row]) -> Iterator[Compared | None]:
         case = {"rows": 576, "density": density}
         alone = list(of_topic(rows, "overhead", threads=1, **case))
         for row in of_topic(rows, "overhead", **case) if alone and threads > 1 else ():
-            yield compared(
-                lambda together, alone: 1e6 * (together - alone / threads),
-                (row, ours(row)),
-                (alone[0], ours(row)),
-            )
+            both = median(row, ours(row)), median(alone[0], ours(row))
+            if None not in both:
+                beyond = 1e6 * (both[0] - both[1] / threads)
+                yield Compared(beyond, None, None)  # of two runs, whose turns belong to different moments
 
 
 def _imports(rows: list[Row]) -> Iterator[Compared | None]:
@@ -139,7 +141,12 @@ FLOORS = [
     Floor("density 0.5, batch 16: times dense", 1, _square(DENSE, density=0.5, batch=16)),
     Floor("density 0.5, batch 64: times dense", 1, _square(DENSE, density=0.5, batch=64)),
     *(
-        Floor(f"{shape[0]} x {shape[1]}, every density, batch 1: times dense", 1, _every_density(shape))
+        Floor(
+            f"{shape[0]} x {shape[1]}, {manifold}, every density, batch 1: times dense",
+            1,
+            _every_density(shape, manifold),
+        )
+        for manifold in ("unit", "prime")
         for shape in ((5120, 5120), (35840, 5120), (5120, 17920), (576, 576), (1536, 576))
     ),
     Floor("prime manifold, densities 0.1 and 0.5, batch 1: times unit's time", 1.5, _prime, at_most=True),
@@ -147,7 +154,10 @@ FLOORS = [
         Floor(f"transposed product, {form}: times the forward one's time", 2, _transposed(form), at_most=True)
         for form in ("unit delta8", "prime delta8", "unit mask", "unit dense")
     ),
-    Floor("decode to dense float32: times numpy.copyto", 0.7, _decode),
+    *(
+        Floor(f"decode to dense float32, {manifold}: times numpy.copyto", 0.7, _decode(manifold))
+        for manifold in ("unit", "prime")
+    ),
     *(
         Floor(f"{name}: times numpy.copyto of as many bytes", 1, _packing(name))
         for name in ("pack to mask", "pack to dense", "unpack mask", "unpack dense")
@@ -175,7 +185,9 @@ def table(rows: list[Row]) -> str:
     for floor in FLOORS:
         value, kept = floor.verdict(rows)
         promised = f"{'at most' if floor.at_most else 'at least'} {floor.bound:g}"
-        figures = " | " if value is None else f"{value.value:.2f} | {value.least:.2f} to {value.greatest:.2f}"
+        figures = " | " if value is None else f"{value.value:.2f} | "
+        if value is not None and value.least is not None:
+            figures += f"{value.least:.2f} to {value.greatest:.2f}"
         said = {None: "not measured", True: "pass", False: "**miss**"}[kept]
         lines.append(f"| {floor.text} | {promised} | {figures} | {said} |")
     return "\n".join([*lines, "", builds(rows)])

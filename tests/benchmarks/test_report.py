@@ -82,7 +82,7 @@ def test_floors_are_judged_by_the_form_that_pack_chooses(raw):
     # The worst of both densities counts; a ceiling is passed from below.
     assert (
         "| at least 1 | 2.00 | 2.00 to 2.00 | pass |"
-        in lines["| 5120 x 5120, every density, batch 1: times dense"]
+        in lines["| 5120 x 5120, unit, every density, batch 1: times dense"]
     )
     prime = "| prime manifold, densities 0.1 and 0.5, batch 1: times unit's time"
     assert "| at most 1.5 | 1.40 | 1.40 to 1.40 | pass |" in lines[prime]

@@ -71,6 +71,15 @@ def test_products_of_every_density_are_within_the_bound(shape, manifold, index, 
             check(layer, x, g)
 
 
+@pytest.mark.parametrize("index", ["mask", "dense"])
+@pytest.mark.parametrize("n", range(1, 9))
+def test_rows_whose_sums_exceed_a_core_s_cache_are_within_the_bound(n, index, kernels):
+    """Transposed, whole rows are walked in pieces of columns, each over tiles of 16 rows."""
+    layer = layer_of((37, 5300), 0.3, "unit", index=index)
+    rng = np.random.default_rng(n)
+    check(layer, *(jnp.asarray(rng.standard_normal((n, size)), jnp.float32) for size in (5300, 37)))
+
+
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("n", COUNTS)
 def test_every_number_of_vectors(n, index, kernels):

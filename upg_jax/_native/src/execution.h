@@ -91,8 +91,7 @@ class Execution {
 
 // How many threads are worth waking besides the calling one. Where products follow one another, as in a model, the pool's
 // threads still look for work when the next call comes: on two cores of Zen 4 two threads are faster than one from 5 to 8
-// microseconds of work on, whatever its form, and what finding together costs is 2 to 5 (`python -m benchmarks.cpu --topics
-// overhead`, with one thread and with two). So each thread has to have at least this much.
+// microseconds of work on, whatever its form. So each thread has to have at least this much.
 inline size_t helpers_for(const Plan& plan, size_t threads) {
   constexpr double kWakeUp = 4e3;  // nanoseconds
   size_t items = 0;
