@@ -18,6 +18,9 @@ class Letters:
     def __init__(self, texts):
         self.texts = texts
 
+    def knows(self, token):
+        return token < len(self.texts)
+
     def decode(self, ids, *, skip_special_tokens=True):
         return "".join(self.texts[i] for i in ids)
 
