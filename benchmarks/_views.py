@@ -25,15 +25,9 @@ def most_threads(rows: list[Row]) -> int | None:
     return max((row["threads"] for row in rows if row["threads"]), default=None)
 
 
-def ours(row: Row, manifold: str = "unit", suffix: str = "") -> str:
+def ours(row: Row, manifold: str = "unit") -> str:
     """The contender that is our layer in the form that `pack` chooses for it."""
-    return f"{manifold} {row['case']['pack'][manifold]}{suffix}"
-
-
-def ratio(row: Row, peer: str, name: str) -> float | None:
-    """How many times as fast as a peer a contender is."""
-    mine, theirs = median(row, name), median(row, peer)
-    return None if mine is None or theirs is None else theirs / mine
+    return f"{manifold} {row['case']['pack'][manifold]}"
 
 
 def read_bandwidth(rows: list[Row]) -> float:

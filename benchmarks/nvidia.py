@@ -279,24 +279,23 @@ def transposed(algorithm: str) -> Callable[..., jax.Array]:
 
 def of_layer(
     case: dict[str, Any], density: float, manifold: str, counts: tuple[int, ...], algorithms: tuple[str, ...],
-    bandwidth: float | None, dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+    bandwidth: float | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     rows, columns = case["rows"], case["columns"]
     copies = copies_of(rows, columns, density, manifold)
     stack = planes(rows, columns, density, manifold, copies)
     read = sum(a.nbytes for a in jax.tree.leaves(stack)) / copies
-    for batch, dtype, algorithm in itertools.product(counts, dtypes, algorithms):
+    for batch, dtype, algorithm in itertools.product(counts, ("bfloat16", "float32"), algorithms):
         if len(counts) > 1 and algorithm == "sparse" and batch > 128:
             continue  # far beyond where the two meet
         x = jax.random.normal(jax.random.key(9), (batch, columns), dtype)
-        used = copies
-        call = over_stack(sparse(algorithm), used)
+        call = over_stack(sparse(algorithm), copies)
         row = {
             **case, "batch": batch, "density": density, "manifold": manifold, "dtype": dtype,
-            "contender": f"upg_jax {algorithm}", "copies": used,
+            "contender": f"upg_jax {algorithm}", "copies": copies,
         }  # fmt: skip
         try:
-            row["microseconds"] = microseconds(functools.partial(call, x, stack), used)
+            row["microseconds"] = microseconds(functools.partial(call, x, stack), copies)
         except Exception as error:
             row["error"] = str(error)[:300]
         else:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from benchmarks import _plots, floors
 from benchmarks._rows import builds, median, quartiles, read
-from benchmarks._views import OURS, Row, bytes_per_second, of_topic, ours, ratio, read_bandwidth
+from benchmarks._views import (
+    OURS,
+    Row,
+    bytes_per_second,
+    of_topic,
+    ours,
+    read_bandwidth,
+    times_as_fast,
+)
 
 SHOWN = ("rows", "columns", "density", "batch", "tokens")
 
@@ -95,7 +103,10 @@ def products(rows: list[Row], height: int, width: int) -> str:
                 *(times(None if (s := median(row, name)) is None else 1e3 * s) for name in mine),
                 row["case"]["pack"]["unit"],
                 "" if rate is None else f"{rate / bandwidth:.0%}",
-                *(times(ratio(row, peer, ours(row))) for peer in peers),
+                *(
+                    times(found and found.value)
+                    for found in (times_as_fast(row, peer, ours(row)) for peer in peers)
+                ),
             ]
         )
     note = "Under the peers' names: how many times as fast the unit layer is in the form that `pack` takes.\n"
