@@ -65,11 +65,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--learning-rate", type=float, default=RecoverySettings.learning_rate)
+    parser.add_argument("--batch", type=int, default=1, help="windows of a step")
     parser.add_argument("--note", default="")
     options = parser.parse_args()
 
     minutes = 15.0 if options.minutes is None and options.tokens is None else options.minutes
-    settings = RecoverySettings(minutes=minutes, tokens=options.tokens, learning_rate=options.learning_rate)
+    settings = RecoverySettings(
+        minutes=minutes, tokens=options.tokens, learning_rate=options.learning_rate, batch=options.batch
+    )
     articles, held_out = split(wikipedia(options.wheel))
     book = handbook(options.package)
     train = [f"{article}\n\n" for article in articles]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
 
 # A shell starts what runs in the background with Ctrl-C ignored, and programs inherit that: some tests send one.
@@ -32,8 +34,37 @@ def pytest_configure(config):
     Slow tests, and CI's other lanes by a flag of their own, run what users run.
     """
     flag, flags = "--xla_backend_optimization_level", os.environ["XLA_FLAGS"]
-    if config.option.markexpr == "not slow" and os.environ["JAX_PLATFORMS"] == "cpu" and flag not in flags:
+    on_cpu = os.environ["JAX_PLATFORMS"] == "cpu"
+    if config.option.markexpr == "not slow" and on_cpu and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=0"
+    # jax 0.5.0 forgets which arguments a kept program may overwrite.
+    if on_cpu and hasattr(config, "cache") and jax.__version_info__ >= (0, 10):
+        _share_programs(config)
+
+
+def _share_programs(config):
+    """Keeps compiled programs where pytest keeps its cache: for the workers of this run, and for the next run.
+
+    A program is found by its code, its flags and the version of XLA. `--cache-clear` begins anew, and so does a
+    folder that has grown large. Processes that tests start compile as users' do: one that is killed while it writes
+    would leave half a program, and a warning about it in every later run.
+    """
+    try:
+        folder = config.cache.mkdir("programs")
+    except OSError:  # a checkout that cannot be written to
+        return
+    if not hasattr(config, "workerinput") and sum(f.stat().st_size for f in folder.iterdir()) > 1 << 29:
+        shutil.rmtree(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish(session):
+    """Lets Python's garbage collector look only at what tests make, and seldom: programs are very many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 # The same examples in every run; `--hypothesis-seed` or a profile of one's own explores others.

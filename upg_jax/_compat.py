@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
     "Primitive",
@@ -20,6 +21,7 @@ __all__ = [
     "ad",
     "batching",
     "explicit_sharding",
+    "in_auto_mode",
     "manual_axes",
     "mlir",
     "other_mesh_is_set",
@@ -85,8 +87,30 @@ def other_mesh_is_set(mesh: Any) -> bool:
 
 
 def reshard(x: Any, sharding: Any) -> Any:
-    """`x` as an array of this type, if the sharding's mesh has explicit axes; else `x`."""
-    return jax.reshard(x, sharding) if sharding.mesh.explicit_axes else x
+    """`x` as an array of this type, as far as the sharding's mesh has explicit axes: others are not in types."""
+    explicit = frozenset(sharding.mesh.explicit_axes)
+    if not explicit:
+        return x
+
+    def typed(names: Any) -> Any:
+        if isinstance(names, tuple):
+            return tuple(name for name in names if name in explicit) or None
+        return names if names in explicit else None
+
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*map(typed, sharding.spec))))
+
+
+def in_auto_mode(f: Callable[..., jax.Array], sharding: Any, spec: Sequence[Any]) -> Callable[..., jax.Array]:
+    """`f` with operands whose types say nothing of a mesh's explicit axes.
+
+    Args:
+        f: of arrays alone.
+        sharding: what `explicit_sharding` gave.
+        spec: how the result is sharded, for each dimension.
+    """
+    # With its mesh, so that it also holds outside `jax.set_mesh`; others of its axes may be manual.
+    out = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jax.sharding.auto_axes(f, axes=sharding.mesh.explicit_axes, out_sharding=out)
 
 
 class TraceContext:

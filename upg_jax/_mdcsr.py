@@ -119,7 +119,7 @@ class MdCSR:
             value_bits=value_bits,
             group_size=group_size,
         )
-        return jax.tree.map(jnp.asarray, layer)
+        return jax.device_put(layer)
 
     def to_dense(self, dtype: Any | None = None) -> jax.Array:
         """Decodes to a dense `([S,] out_features, in_features)` array of `dtype` (default: the original dtype).

@@ -24,6 +24,7 @@ from upg_jax._cut import (
     take_rows,
 )
 from upg_jax._mdcsr import PLANES, Manifold, MdCSR, stack
+from upg_jax._validate import check_sizes
 
 Dim: TypeAlias = Literal["out", "in"]
 
@@ -175,24 +176,37 @@ def shard(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim = "out") -> ShardedMdCSR
         dim: the features to cut, `"out"` or `"in"`.
 
     Raises:
-        TypeError: for a layer that is no `MdCSR`.
+        TypeError: for a layer that is no `MdCSR`, a mesh that is no `jax.sharding.Mesh`, or an axis that is no name.
         ValueError: for an unknown axis or `dim`, a cut through a group of columns, or under a JAX transformation.
+        FormatError: for planes that do not fit the layer's shape or each other.
         NotImplementedError: with a JAX too old for `jax.shard_map`.
     """
     if not isinstance(layer, MdCSR):
         raise TypeError(f"shard: layer must be an upg_jax.MdCSR; got {type(layer).__name__}")
-    if axis not in mesh.shape:
-        raise ValueError(f"shard: axis must be one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
+    check_mesh("shard", mesh, axis)
     if dim not in ("out", "in"):
         raise ValueError(f"shard: dim must be 'out' or 'in'; got {dim!r}")
     size, multiple = (layer.out_features, 1) if dim == "out" else (layer.in_features, layer.group_size or 1)
     return shard_as(layer, mesh, axis, dim, even_cut(size, mesh.shape[axis], multiple))
 
 
+def check_mesh(operation: str, mesh: Any, axis: Any) -> None:
+    """Checks what users give as a mesh and the name of one of its axes."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"{operation}: mesh must be a jax.sharding.Mesh; got {type(mesh).__name__}; jax.make_mesh makes one"
+        )
+    if not isinstance(axis, str):
+        raise TypeError(f"{operation}: axis must be the name of one of the mesh's axes, a str; got {axis!r}")
+    if axis not in mesh.shape:
+        raise ValueError(f"{operation}: axis must be one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
+
+
 def shard_as(layer: MdCSR, mesh: Mesh, axis: str, dim: Dim, cut: Cut) -> ShardedMdCSR:
     """`shard` with a cut of the caller's."""
     _compat.require_shard_map("shard")
     _need_concrete(layer, "shard", "shard the layer before")
+    check_sizes(layer, "shard")
     if dim == "in":
         check_groups(cut, layer.group_size)
     host = jax.tree.map(np.asarray, layer)

@@ -106,8 +106,8 @@ class TrainableMdCSR:
         for row, part, at in zip(weights, parts, found, strict=False):
             row[: at.size] = part[at]
         return cls(
-            weights=jnp.asarray(weights, dtype),
-            positions=jnp.asarray(positions),
+            weights=jax.device_put(weights.astype(jnp.dtype(dtype))),
+            positions=jax.device_put(positions),
             scale_bits=jnp.asarray(np.asarray(layer.scales).view(np.uint32)),
             shape=layer.shape,
             precision=precision,
@@ -248,7 +248,7 @@ class TrainableMdCSR:
             group_size=self.group_size,
             group_scales=group_scales,
         )
-        return jax.tree.map(jnp.asarray, layer)
+        return jax.device_put(layer)
 
     @property
     def nnz(self) -> int:

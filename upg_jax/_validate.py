@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,18 +39,29 @@ def validate(
     """
     if level not in ("structural", "full"):
         raise ValueError(f"validate: level must be 'structural' or 'full'; got {level!r}")
-    check_metadata(layer, where)
-    check_planes(layer, where)
-    planes = {name: np.asarray(getattr(layer, name)) for name in PLANES if getattr(layer, name) is not None}
-    if layer.stack_size is None:
-        planes = {name: plane[None] for name, plane in planes.items()}
-    for i in range(layer.stack_size or 1):
-        name = where if layer.stack_size is None else f"{where}, layer {i}"
-        one = {plane: array[i] for plane, array in planes.items()}
-        _check_row_pointers(layer, one["row_pointers"], name)
+    check_sizes(layer, where)
+    for name, one in _each(layer, PLANES, where):
         _COLUMN_CHECKS[layer.index](layer, one["row_pointers"], one["delta_indices"], name)
         if level == "full":
             _check_content(layer, one, name)
+
+
+def check_sizes(layer: MdCSR, where: str) -> None:
+    """Checks all but what is in the entries: shapes, dtypes and row pointers."""
+    check_metadata(layer, where)
+    check_planes(layer, where)
+    for name, one in _each(layer, ["row_pointers"], where):
+        _check_row_pointers(layer, one["row_pointers"], name)
+
+
+def _each(layer: MdCSR, names: Sequence[str], where: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """What to call each layer of a stack, or a layer alone, and its planes."""
+    planes = {name: np.asarray(getattr(layer, name)) for name in names if getattr(layer, name) is not None}
+    if layer.stack_size is None:
+        yield where, planes
+        return
+    for i in range(layer.stack_size):
+        yield f"{where}, layer {i}", {name: plane[i] for name, plane in planes.items()}
 
 
 def _check_row_pointers(layer: MdCSR, pointers: np.ndarray, where: str) -> None:

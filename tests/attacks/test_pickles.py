@@ -213,9 +213,9 @@ def test_an_array_of_another_size_than_its_bytes(refused):
         refused(head + b"(I1\n" + shape + dtype + b"I00\nVabcdefgh\ntb.", "array")
 
 
+@pytest.mark.parametrize("huge", [10**4000, 2**64, -(2**64)], ids=["enormous", "by one", "by one below 0"])
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
-def test_integers_too_large_to_print_or_to_store(refused, protocol):
-    huge = 10**4000
+def test_integers_too_large_to_print_or_to_store(refused, protocol, huge):
     refused(pickle.dumps({"tensors": {"a": {"shape": (huge, 1)}}}, protocol=protocol), "fit in 64 bits")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +12,15 @@ import pytest
 
 
 @pytest.fixture
-def upg_jax(tmp_path, monkeypatch):
+def usual_interrupts():
+    """Python's handler of Ctrl-C, as a process begins with, and again afterwards: a command leaves another."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def upg_jax(tmp_path, monkeypatch, usual_interrupts):
     """Runs `upg-jax ARGUMENTS` without a terminal, as its entry point does, but in this process.
 
     So it starts no Python and compiles nothing twice.

@@ -6,6 +6,7 @@ The products, derivatives and transforms are tested there by
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
 from helpers.layers import Case
+from sharding import models
+from sharding.models import GREEDY, PROMPTS
 
-from upg_jax import _cuda, sparse_dense, stack, use_backend
+from upg_jax import UPGModel, _cuda, sparse_dense, stack, use_backend
 
 pytestmark = pytest.mark.skipif(_cuda.no_gpu_reason() is not None, reason=f"cuda: {_cuda.no_gpu_reason()}")
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(_cuda.LAUNCH)]
@@ -65,6 +68,36 @@ def test_donated_vectors_in_a_loop_over_layers():
     with use_backend("reference"):
         expected = jax.lax.scan(step, x, jnp.arange(3))[0]
     np.testing.assert_allclose(donating(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_greedy_tokens_of_a_model_are_the_reference_s(tmp_path):
+    path = models.write(tmp_path, "llama")
+
+    def tokens(backend):
+        with use_backend(backend), jax.default_matmul_precision("highest"):
+            model = UPGModel.from_file(path, pack=False)
+            return [one.ids for one in model.generate(PROMPTS, **GREEDY)]
+
+    assert tokens("cuda") == tokens("reference")
+
+
+def test_products_in_a_loop_lie_in_a_command_buffer():
+    """A CUDA graph: what XLA has put into one is a computation of that name in the compiled program."""
+    layers = stack([Case("random", (67, 67), seed=i).layer for i in range(8)])
+
+    def step(x, i):
+        for _ in range(8):  # XLA makes no graph of a few kernels
+            x = jnp.tanh(sparse_dense(x, layers, index=i))
+        return x, None
+
+    looped = jax.jit(lambda x: jax.lax.scan(step, x, jnp.arange(8))[0])
+    with use_backend("cuda"):
+        text = looped.lower(jnp.ones(67)).compile().as_text()
+    # Of a computation, the head and the closing brace alone stand at the beginning of a line.
+    found = re.findall(r"^(\S.*) {\n((?: .*\n)+)}", text, re.MULTILINE)
+    launching = [head for head, lines in found if _cuda.LAUNCH in lines]
+    assert launching
+    assert all("command_buffer" in head for head in launching)
 
 
 def test_a_saved_program_runs_in_a_process_that_never_lowered_one(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -170,7 +169,7 @@ def compressed_weights(name: str) -> dict[str, Any]:
 def model_of(name: str, found: dict[str, Any]) -> UPGModel:
     """Our model with these tensors."""
     config = dense_model(name).config
-    params = jax.tree.map(jnp.asarray, load(config, Weights(found), np.dtype("float32")))
+    params = jax.device_put(load(config, Weights(found), np.dtype("float32")))
     return UPGModel(params=params, config=config)
 
 

@@ -142,7 +142,7 @@ def compressed_model(name: str = "grouped-query", density: float = 0.5, manifold
     """Our model with the linear layers compressed."""
     weights = compressed_weights(name, density, manifold)
     config = parse_config(make(name)[1])
-    params = jax.tree.map(jnp.asarray, load(config, Weights(weights), jnp.dtype("float32")))
+    params = jax.device_put(load(config, Weights(weights), jnp.dtype("float32")))
     return UPGModel(params=params, config=config, name=name)
 
 
@@ -154,7 +154,7 @@ def repeated(model: UPGModel, layers: int) -> UPGModel:
             return (weights[0],) * layers
         one = jax.tree.map(lambda leaf: np.asarray(leaf)[0], weights)
         many = stack([one] * layers) if isinstance(one, MdCSR) else np.stack([one] * layers)
-        return jax.tree.map(jnp.asarray, many)
+        return jax.device_put(many)
 
     params = {**model.params, "layers": {key: repeat(w) for key, w in model.params["layers"].items()}}
     return dataclasses.replace(

@@ -103,7 +103,7 @@ class Case:
 
     def _vectors(self, shape: tuple[int, ...], salt: int) -> jnp.ndarray:
         rng = np.random.default_rng((self.seed, salt, *shape))
-        return jnp.asarray(rng.standard_normal(shape).astype(np.float32).astype(jnp.dtype(self.dtype)))
+        return jax.device_put(rng.standard_normal(shape).astype(np.float32).astype(jnp.dtype(self.dtype)))
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def _levels(case: Case) -> np.ndarray:
 @functools.cache
 def stacked(*cases: Case) -> MdCSR:
     """The cases' layers as one stack; stacked on the host, which compiles nothing."""
-    return jax.tree.map(jnp.asarray, stack([jax.tree.map(np.asarray, case.layer) for case in cases]))
+    return jax.device_put(stack([jax.tree.map(np.asarray, case.layer) for case in cases]))
 
 
 _SHAPES = [

@@ -16,7 +16,7 @@ apply = jax.jit(penalized)
 
 def said(settings, prompt, answer):
     """The history of one row after an answer."""
-    history = jax.tree.map(jnp.asarray, History.create([prompt], settings, VOCABULARY))
+    history = jax.device_put(History.create([prompt], settings, VOCABULARY))
     for token in answer:
         history = history.add(jnp.array([token]), jnp.array([False]))
     return history
@@ -82,7 +82,7 @@ def test_a_row_without_settings_keeps_its_bits_beside_one_with_them():
 
 
 def test_rows_that_are_done_count_no_tokens():
-    history = jax.tree.map(jnp.asarray, History.create([[1], [1]], GenerationSettings(), VOCABULARY))
+    history = jax.device_put(History.create([[1], [1]], GenerationSettings(), VOCABULARY))
     history = history.add(jnp.array([5, 5]), jnp.array([False, True]))
     np.testing.assert_array_equal(history.counts[:, 5], [1, 0])
 

@@ -20,10 +20,16 @@ def positions(batch, start=0):
     return jnp.arange(start, start + batch, dtype=jnp.int32)
 
 
-def kept(logits, **settings):
+def padded(logits, vocabulary):
+    """The same rows with further tokens that are never drawn, so that rows of any length share a program."""
+    further = np.full((len(logits), vocabulary - np.shape(logits)[1]), -np.inf)
+    return np.concatenate([logits, further], axis=1).astype(np.float32)
+
+
+def kept(logits, vocabulary=None, **settings):
     """Which tokens of one row of logits may be drawn."""
     sampling = Sampling.create(1, **{"temperature": 1.0, "seed": 0, **settings})
-    scores = keep(jnp.asarray([logits], jnp.float32), sampling)
+    scores = keep(padded([logits], vocabulary or len(logits)), sampling)
     return np.flatnonzero(np.isfinite(scores[0])).tolist()
 
 
@@ -78,12 +84,14 @@ def test_filters_keep_what_sorting_keeps(seed):
     top_k, top_p = int(rng.integers(1, vocabulary)), float(rng.uniform(0.05, 0.99))
     order = np.argsort(-logits, kind="stable")
     by_k = order[:top_k]
-    assert set(by_k[np.isfinite(logits[by_k])]) <= set(kept(logits, top_k=top_k))
-    assert len(kept(logits, top_k=top_k)) <= top_k
+    chosen = kept(logits, 3000, top_k=top_k)
+    assert set(by_k[np.isfinite(logits[by_k])]) <= set(chosen)
+    assert len(chosen) <= top_k
     probability = np.exp(logits[order].astype(np.float64) - logits.max())
     reached = np.cumsum(probability / probability.sum())
-    count = len(kept(logits, top_p=top_p))
-    assert set(order[:count]) == set(kept(logits, top_p=top_p))
+    chosen = kept(logits, 3000, top_p=top_p)
+    count = len(chosen)
+    assert set(order[:count]) == set(chosen)
     # The fewest that reach top_p, up to the rounding of float32 sums.
     slack = 1e-5
     assert reached[count - 1] >= top_p - slack
@@ -110,7 +118,7 @@ def test_filters_keep_what_transformers_keeps():
             scores = warp(None, scores)
         expected = np.flatnonzero(np.isfinite(scores.numpy()[0])).tolist()
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        assert kept(logits[0], **settings) == expected
+        assert kept(logits[0], 3000, **settings) == expected
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
@@ -138,7 +146,7 @@ def test_draws_invert_the_cumulative_distribution_and_equals_go_to_the_first(voc
     assert draw(logits, Sampling.create(draws), positions(draws)).tolist() == logits.argmax(axis=1).tolist()
 
     sampling = Sampling.create(draws, temperature=0.7, top_k=vocabulary // 2 or None, seed=1)
-    scores = np.asarray(keep(jnp.asarray(logits), sampling), np.float64)
+    scores = np.asarray(keep(padded(logits, 1000), sampling), np.float64)[:, :vocabulary]
     ends = np.cumsum(np.exp(scores), axis=1) / np.exp(scores).sum(axis=1, keepdims=True)
     keys = jax.random.wrap_key_data(jnp.asarray(sampling.key))
     uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))
@@ -239,7 +247,7 @@ def test_settings_out_of_range_are_refused_by_name(settings, message):
 
 
 def test_settings_are_arrays_so_that_none_recompiles():
-    draw.clear_cache()
+    draw = jax.jit(lambda *args: sample(*args))  # with a cache of its own
     logits = jnp.zeros((2, 50))
     for settings in ({}, {"temperature": 0.5, "seed": 3}, {"temperature": 2.0, "top_k": 3, "top_p": 0.4}):
         draw(logits, Sampling.create(2, **settings), positions(2))
@@ -253,9 +261,9 @@ def test_numpy_integers_are_seeds_like_any_other():
 
 
 def test_a_top_p_below_the_smallest_float_keeps_the_likeliest_token():
-    logits = jnp.array([[0.0, 3.0, 1.0]])
+    logits = jnp.array([[0.0, 3.0, 1.0, -1.0]])
     sampling = Sampling.create(1, temperature=1.0, top_p=1e-50, seed=0)
-    assert int(sample(logits, sampling, positions(1))[0]) == 1
+    assert int(draw(logits, sampling, positions(1))[0]) == 1
 
 
 def test_a_fractional_top_k_is_refused():

@@ -42,7 +42,7 @@ def inputs(case, dtype, layers=2):
     rng = np.random.default_rng(0)
 
     def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape).astype(dtype))
+        return jax.device_put(rng.standard_normal(shape).astype(dtype))
 
     buffers = tuple(draw(layers, batch, kv_heads, length, dim) for _ in range(2))
     new = draw(batch, 1, heads, dim), *(draw(batch, 1, kv_heads, dim) for _ in range(2))

@@ -58,8 +58,28 @@ def test_texts_have_the_logits_of_transformers(gemma):
     assert model.eos_token_ids == (1, 7)
 
 
-def test_compressed_it_is_a_model_of_text(gemma, tmp_path):
-    compress_checkpoint(gemma[1], tmp_path / "half", Settings(density=0.5))
+def test_names_that_transformers_has_in_memory_are_read_too(gemma, tmp_path):
+    from safetensors.torch import save_file
+
+    theirs, directory = gemma
+    names = {name for name, _ in theirs.named_parameters()}
+    assert any(name.startswith("model.language_model.layers.") for name in names)
+    save_file(
+        {name: tensor.detach() for name, tensor in theirs.named_parameters()}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    published, other = open_checkpoint(directory), open_checkpoint(tmp_path)
+    assert other.names() == published.names()
+    assert len(other.left_out) == len(published.left_out) > 0
+    for name in published.names():
+        np.testing.assert_array_equal(other.read(name), published.read(name))
+
+
+def test_compressed_it_is_a_model_of_text_and_what_is_left_out_is_said(gemma, tmp_path):
+    report = compress_checkpoint(gemma[1], tmp_path / "half", Settings(density=0.5))
+    (said,) = [warning for warning in report.warnings if "left out" in warning]
+    images = sum("vision" in name or "multi_modal" in name for name, _ in gemma[0].named_parameters())
+    assert f": {images} tensors for reading images, from " in said
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForCausalLM"]
     assert UPGModel.from_file(tmp_path / "half").generate([5, 6], max_new_tokens=2, stop_at_eos=False).ids

@@ -77,11 +77,13 @@ def test_any_content_is_safe_and_means_what_the_format_says(bits, index, group_s
         rng = np.random.default_rng(seed)
         mask = rng.integers(0, 256, rows * 40) & rng.integers(0, 256, rows * 40)
         layer = MdCSR(
-            values=jnp.asarray(rng.integers(-128, 128, entries * bits // 8).astype(np.int8)),
-            delta_indices=jnp.asarray((mask if index == "mask" else mask[:0]).astype(np.uint8)),
-            group_scales=jnp.asarray(rng.integers(0, 256, rows * -(-columns // group_size)).astype(np.uint8)),
-            scales=jnp.asarray(rng.uniform(0.5, 2, rows).astype(np.float32)),
-            row_pointers=jnp.asarray(
+            values=jax.device_put(rng.integers(-128, 128, entries * bits // 8).astype(np.int8)),
+            delta_indices=jax.device_put((mask if index == "mask" else mask[:0]).astype(np.uint8)),
+            group_scales=jax.device_put(
+                rng.integers(0, 256, rows * -(-columns // group_size)).astype(np.uint8)
+            ),
+            scales=jax.device_put(rng.uniform(0.5, 2, rows).astype(np.float32)),
+            row_pointers=jax.device_put(
                 np.concatenate([[0], np.sort(rng.integers(0, entries + 1, rows))]).astype(np.uint32)
             ),
             shape=(rows, columns),
@@ -91,11 +93,11 @@ def test_any_content_is_safe_and_means_what_the_format_says(bits, index, group_s
             group_size=group_size,
         )
         np.testing.assert_array_equal(np.asarray(layer.to_dense(np.float32)), decode_layer(layer))
-        x = jnp.asarray(rng.standard_normal((2, columns)).astype(np.float32))
+        x = jax.device_put(rng.standard_normal((2, columns)).astype(np.float32))
         levels = decode_layer(dataclasses.replace(layer, scales=jnp.ones(rows)))
         y = sparse_dense(x, layer)
         assert_within_bound(y, lambda x, w, s: x @ w.T * s, x, levels, layer.scales, terms=columns + 4)
-        wild = jnp.asarray(rng.integers(0, 2**32, rows + 1).astype(np.uint32))
+        wild = jax.device_put(rng.integers(0, 2**32, rows + 1).astype(np.uint32))
         assert sparse_dense(x, dataclasses.replace(layer, row_pointers=wild)).shape == (2, rows)
 
 

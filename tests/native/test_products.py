@@ -66,8 +66,8 @@ def test_products_of_every_density_are_within_the_bound(shape, manifold, index, 
         counts = (COUNTS[i], COUNTS[-1 - i])
         # Small matrices meet few vectors and many in turn.
         for n in counts if min(shape) > 7 else counts[i % 2 :: 2]:
-            x = jnp.asarray(rng.standard_normal((n, shape[1])).astype(np.float32))
-            g = jnp.asarray(rng.standard_normal((n, shape[0])).astype(np.float32))
+            x = jax.device_put(rng.standard_normal((n, shape[1])).astype(np.float32))
+            g = jax.device_put(rng.standard_normal((n, shape[0])).astype(np.float32))
             check(layer, x, g)
 
 
@@ -85,8 +85,8 @@ def test_rows_whose_sums_exceed_a_core_s_cache_are_within_the_bound(n, index, ke
 def test_every_number_of_vectors(n, index, kernels):
     rng = np.random.default_rng(n)
     layer = layer_of((33, 67), 0.3, "unit", index=index)
-    x = jnp.asarray(rng.standard_normal((n, 67)).astype(np.float32))
-    g = jnp.asarray(rng.standard_normal((n, 33)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((n, 67)).astype(np.float32))
+    g = jax.device_put(rng.standard_normal((n, 33)).astype(np.float32))
     check(layer, x, g)
 
 
@@ -95,16 +95,16 @@ def test_every_number_of_vectors(n, index, kernels):
 def test_rows_that_outnumber_columns_are_added_up_in_parts(n, index, kernels):
     rng = np.random.default_rng(n)
     layer = layer_of((300, 9), 0.5, "unit", index=index)
-    x = jnp.asarray(rng.standard_normal((n, 9)).astype(np.float32))
-    g = jnp.asarray(rng.standard_normal((n, 300)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((n, 9)).astype(np.float32))
+    g = jax.device_put(rng.standard_normal((n, 300)).astype(np.float32))
     check(layer, x, g)
 
 
 def test_more_vectors_than_one_walk_takes(kernels):
     rng = np.random.default_rng(0)
     layer = layer_of((5, 9), 0.5, "prime")
-    x = jnp.asarray(rng.standard_normal((2100, 9)).astype(np.float32))
-    g = jnp.asarray(rng.standard_normal((2100, 5)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((2100, 9)).astype(np.float32))
+    g = jax.device_put(rng.standard_normal((2100, 5)).astype(np.float32))
     check(layer, x, g)
 
 
@@ -135,8 +135,8 @@ def test_a_row_longer_than_the_workspace(n, index, kernels):
     w = rng.uniform(0.5, 1, (3, columns)).astype(np.float32)
     w[1, ::300] = 0
     layer = MdCSR.from_dense(w, index=index)
-    x = jnp.asarray(rng.standard_normal((n, columns)).astype(np.float32))
-    g = jnp.asarray(rng.standard_normal((n, 3)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((n, columns)).astype(np.float32))
+    g = jax.device_put(rng.standard_normal((n, 3)).astype(np.float32))
     levels = np.rint(w.astype(np.float64) / np.asarray(layer.scales)[:, None])
     y, gx = multiply(x, g, layer)
     assert_within_bound(y, lambda x, w, s: x @ w.T * s, x, levels, layer.scales, terms=columns + 2)

@@ -20,13 +20,13 @@ ROWS, COLUMNS, ENTRIES = 9, 300, 400
 
 def garbage(rng: np.random.Generator, manifold: str, pointers: np.ndarray) -> MdCSR:
     return MdCSR(
-        values=jnp.asarray(rng.integers(-128, 128, ENTRIES).astype(np.int8)),
-        delta_indices=jnp.asarray(rng.integers(0, 256, ENTRIES).astype(np.uint8)),
-        prime_indices=jnp.asarray(rng.integers(0, 2**16, ENTRIES).astype(np.uint16))
+        values=jax.device_put(rng.integers(-128, 128, ENTRIES).astype(np.int8)),
+        delta_indices=jax.device_put(rng.integers(0, 256, ENTRIES).astype(np.uint8)),
+        prime_indices=jax.device_put(rng.integers(0, 2**16, ENTRIES).astype(np.uint16))
         if manifold == "prime"
         else None,
-        scales=jnp.asarray(rng.uniform(0.5, 2, ROWS).astype(np.float32)),
-        row_pointers=jnp.asarray(pointers.astype(np.uint32)),
+        scales=jax.device_put(rng.uniform(0.5, 2, ROWS).astype(np.float32)),
+        row_pointers=jax.device_put(pointers.astype(np.uint32)),
         shape=(ROWS, COLUMNS),
     )
 
@@ -35,7 +35,7 @@ def packed_garbage(rng: np.random.Generator, manifold: str, index: str, pointers
     size = ROWS * 40 if index == "mask" else 0
     bits = rng.integers(0, 256, size) & rng.integers(0, 256, size)
     layer = garbage(rng, manifold, pointers)
-    return dataclasses.replace(layer, index=index, delta_indices=jnp.asarray(bits.astype(np.uint8)))
+    return dataclasses.replace(layer, index=index, delta_indices=jax.device_put(bits.astype(np.uint8)))
 
 
 @pytest.mark.parametrize("n", [1, 3, 40])
@@ -47,8 +47,8 @@ def test_entries_without_columns_and_columns_without_entries_add_nothing(index, 
         pointers = np.concatenate([[0], np.sort(rng.integers(0, ENTRIES + 1, ROWS))])
         layer = packed_garbage(rng, manifold, index, pointers)
         dense = decode_layer(layer)
-        x = jnp.asarray(rng.standard_normal((n, COLUMNS)).astype(np.float32))
-        g = jnp.asarray(rng.standard_normal((n, ROWS)).astype(np.float32))
+        x = jax.device_put(rng.standard_normal((n, COLUMNS)).astype(np.float32))
+        g = jax.device_put(rng.standard_normal((n, ROWS)).astype(np.float32))
         y, vjp = jax.vjp(lambda x, layer=layer: sparse_dense(x, layer), x)
         levels = decode_layer(dataclasses.replace(layer, scales=jnp.ones(ROWS)))
         assert_within_bound(y, lambda x, w, s: x @ w.T * s, x, levels, layer.scales, terms=ENTRIES + 4)
@@ -82,8 +82,8 @@ def test_entries_outside_the_matrix_add_nothing(manifold, n, kernels):
         rng = np.random.default_rng(seed)
         pointers = np.concatenate([[0], np.sort(rng.integers(0, ENTRIES + 1, ROWS))])
         layer = garbage(rng, manifold, pointers)
-        x = jnp.asarray(rng.standard_normal((n, COLUMNS)).astype(np.float32))
-        g = jnp.asarray(rng.standard_normal((n, ROWS)).astype(np.float32))
+        x = jax.device_put(rng.standard_normal((n, COLUMNS)).astype(np.float32))
+        g = jax.device_put(rng.standard_normal((n, ROWS)).astype(np.float32))
         y, vjp = jax.vjp(lambda x, layer=layer: sparse_dense(x, layer), x)
         magnitudes, levels = dropped(layer)
         # Levels of both signs may meet on one column: split them, so that the bound sees both.

@@ -75,7 +75,7 @@ COMPLETION_CASES = [
     ("logprobs", [-1, 6, True, "1"]),
     ("echo", [1]),
     ("suffix", ["x"]),
-    ("best_of", [3]),
+    ("best_of", [3, True]),
 ]
 
 

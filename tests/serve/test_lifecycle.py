@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -85,6 +86,37 @@ def test_a_slow_reader_holds_no_slot(address, idle, http):
     assert said.count(b"data: {") == 121  # the last says why it ended
 
 
+def test_a_stream_that_nobody_reads_is_cut_off_without_an_error_in_the_log(server_errors, caplog):
+    from starlette.applications import Starlette
+    from starlette.routing import Route
+
+    from upg_jax.serve._connection import EventStream
+
+    ended = threading.Event()
+
+    async def more_than_any_buffer_holds():
+        while True:
+            yield "x" * 1_000_000
+
+    async def endless(request):
+        deadline = asyncio.get_running_loop().time() - 0.5  # a moment is left for what is said last
+        return EventStream(more_than_any_buffer_holds(), ended.set, deadline)
+
+    with (
+        serving(Starlette(routes=[Route("/", endless)])) as address,
+        socket.create_connection(address, timeout=20) as connection,
+    ):
+        # This server's configuration has just replaced the handlers and the level.
+        logging.getLogger("uvicorn").addHandler(caplog.handler)
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert ended.wait(20)
+        with contextlib.suppress(ConnectionResetError):  # by how much of it was still on its way
+            while connection.recv(1_000_000):
+                pass
+    assert server_errors() == []
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -124,6 +156,12 @@ def test_a_body_that_goes_wrong_after_the_answer_ends_its_connection(address, ht
         assert connection.recv(1000) == b""
     assert http.get("/health").json() == {"status": "ok"}
     assert server_errors() == []
+
+
+def test_a_body_may_have_as_many_bytes_as_the_limit_and_no_more(http):
+    for length, status in ((20_000, 200), (20_001, 413)):
+        body = json.dumps({**LONG, "max_tokens": 1}).ljust(length)
+        assert http.post("/v1/completions", content=body).status_code == status
 
 
 @pytest.mark.parametrize("chunked", [False, True])

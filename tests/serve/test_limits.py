@@ -73,6 +73,20 @@ def test_prompts_that_are_tokenized_take_places_to_wait(http, engine, idle, slow
         assert [job.result().status_code for job in others] == [200] * places
 
 
+def test_more_prompts_than_answers_may_be_are_refused_before_any_is_tokenized(http, model, monkeypatch):
+    def encode(self, *args, **more):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(type(model.tokenizer), "encode", encode)
+    for prompts, n in ((1024, 1), (4, 2)):
+        body = {"model": "small", "prompt": ["he"] * prompts, "n": n}
+        response = http.post("/v1/completions", json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == (
+            f"one request may ask for 6 answers; got {n} to each of {prompts} prompts"
+        )
+
+
 @pytest.fixture
 def late(engine, model, monkeypatch):
     """The address of a server whose prompts take longer to be tokenized than requests may take."""

@@ -205,6 +205,44 @@ def test_what_cannot_be_cut_is_refused_by_name(mesh):
         stack([layer, sharded])
 
 
+NO_MESHES = {
+    "NoneType": lambda: None,
+    "int": lambda: 4,
+    "str": lambda: "model",
+    "list": lambda: jax.devices()[:2],
+    "AbstractMesh": lambda: jax.make_mesh((2,), ("model",)).abstract_mesh,
+}
+
+
+@pytest.mark.parametrize("kind", NO_MESHES)
+def test_what_is_no_mesh_is_refused_by_name(kind):
+    with pytest.raises(
+        TypeError, match=rf"shard: mesh must be a jax\.sharding\.Mesh; got {kind}; jax.make_mesh"
+    ):
+        shard(Case("random", (8, 8)).layer, NO_MESHES[kind](), "model")
+
+
+@pytest.mark.parametrize("axis", [None, 1, ["model"], ("model",)], ids=str)
+def test_what_is_no_name_of_an_axis_is_refused(axis, mesh):
+    with pytest.raises(
+        TypeError, match=r"shard: axis must be the name of one of the mesh's axes, a str; got"
+    ):
+        shard(Case("random", (8, 8)).layer, mesh, axis)
+
+
+@pytest.mark.parametrize("dim", ["out", "in"])
+@pytest.mark.parametrize("stacks", [False, True], ids=["layer", "stack"])
+def test_planes_that_are_too_short_are_refused(stacks, dim, mesh):
+    layer = Case("random", (8, 40), row_alignment=1).layer
+    layer = stack([layer, layer]) if stacks else layer
+    short = {plane: getattr(layer, plane)[..., :-3] for plane in ("values", "delta_indices")}
+    with pytest.raises(FormatError, match=r"shard: delta_indices must be uint8"):
+        shard(dataclasses.replace(layer, values=short["values"]), mesh, "model", dim)
+    where = "shard, layer 0" if stacks else "shard"
+    with pytest.raises(FormatError, match=rf"{where}: row_pointers end at \d+, past the planes' length"):
+        shard(dataclasses.replace(layer, **short), mesh, "model", dim)
+
+
 def test_a_file_takes_whole_layers_alone(mesh, tmp_path):
     sharded = shard(Case("random", (8, 12)).layer, mesh, "model")
     with pytest.raises(

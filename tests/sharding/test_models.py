@@ -219,14 +219,38 @@ def test_a_projection_that_is_dense_and_an_unknown_axis_are_refused_by_name(tmp_
         UPGModel.from_file(path_of("llama"), mesh=mesh_of(2), axis="heads")
 
 
+@pytest.mark.parametrize("kind", ["int", "str", "list", "AbstractMesh"])
+def test_what_is_no_mesh_is_refused_before_anything_is_read(kind):
+    abstract = mesh_of(2).abstract_mesh
+    given = {"int": 2, "str": "model", "list": jax.devices()[:2], "AbstractMesh": abstract}[kind]
+    with pytest.raises(TypeError, match=rf"from_file: mesh must be a jax\.sharding\.Mesh; got {kind}; "):
+        UPGModel.from_file("nothing.safetensors", mesh=given)
+
+
+def test_an_axis_that_is_no_name_or_has_no_mesh_is_refused_before_anything_is_read():
+    with pytest.raises(TypeError, match=r"from_file: axis must be the name .* got \['model'\]"):
+        UPGModel.from_file("nothing.safetensors", mesh=mesh_of(2), axis=["model"])
+    with pytest.raises(ValueError, match=r"axis is for a mesh; got axis 'heads' and no mesh"):
+        UPGModel.from_file("nothing.safetensors", axis="heads")
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("shape", [(2, 2), pytest.param((1, 4), marks=pytest.mark.slow)], ids=str)
-def test_two_processes_generate_together(shape, path_of, single):
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [
+        ((1, 4), False),
+        pytest.param((1, 4), True, marks=pytest.mark.slow),
+        pytest.param((2, 2), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_two_processes_generate_together(shape, more, path_of, single):
+    """On one row of devices, sums over the axis "model" cross from one process to the other."""
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -244,6 +268,7 @@ def test_two_processes_generate_together(shape, path_of, single):
                 str(port),
                 str(list(shape)),
                 path_of("llama"),
+                json.dumps(more),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -263,4 +288,4 @@ def test_two_processes_generate_together(shape, path_of, single):
     for text, _ in outputs:
         seen = json.loads(text.splitlines()[-1])
         assert seen.pop("generated") == expected
-        assert seen == ({} if shape[0] > 1 else {"streamed": expected[0], "next": expected[0][0]})
+        assert seen == ({"streamed": expected[0], "next": expected[0][0]} if more else {})

@@ -29,7 +29,9 @@ each_kind = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 
 @functools.cache
 def mesh(kind="Auto"):
-    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    """Of the axes' types: one for both, or two with a space between."""
+    data, *model = (getattr(jax.sharding.AxisType, name) for name in kind.split())
+    types = (data, *(model or [data]))
     return jax.make_mesh((2, DEVICES), ("data", "model"), axis_types=types)
 
 
@@ -194,6 +196,49 @@ def test_index_and_scan_read_a_stack_in_place(dim, kind, one_backend):
     assert_within_bound(y, lambda x, w: np.einsum("sni,soi->sno", x, w), x, weights[[2, 0, 2]], terms=terms)
     y = jax.jit(lambda x, stack: jax.lax.scan(lambda x, w: (sparse_dense(x, w), None), x, stack)[0])(x, stack)
     assert_within_bound(y, lambda x, u, v, w: x @ u.T @ v.T @ w.T, x, *weights, terms=terms)
+
+
+MIXED = ["Explicit Auto", "Auto Explicit"]
+NARROW = Case("random", (10, 70), row_alignment=8, index="mask", value_bits=4)
+
+
+@each_dim
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("case", [CASES[0], CASES[6]], ids=str)
+def test_meshes_of_explicit_and_automatic_axes(case, kind, dim, one_backend):
+    """`x` has its vectors over one axis, and its features over the other where its columns are cut."""
+    over = "model" if case.shape == EVEN else None
+    x = put(case.x(6), kind, "data", over if dim == "in" else None)
+    ct = put(case.cotangent(6), kind, "data", over if dim == "out" else None)
+    check(sparse_dense, case, x, ct, case.cotangent(), sharded(case, kind, dim))
+
+
+def every_backend(*names):
+    """Sharded products are of the platform's kernels or the reference, which these tests must meet, too."""
+    reasons = {name: unavailable_reason(name) for name in names}
+    return [
+        pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+        for name, reason in reasons.items()
+    ]
+
+
+@each_dim
+@pytest.mark.parametrize("kind", ["Explicit", *MIXED])
+@pytest.mark.parametrize("backend", every_backend("native", "reference"))
+@pytest.mark.parametrize("case", [CASES[6], NARROW], ids=str)
+def test_vmap_over_vectors_that_are_sharded(case, backend, kind, dim):
+    def loss(x, ct, layer):
+        y = jax.vmap(sparse_dense, (0, None))(x, layer)
+        return (y * ct).sum(), y
+
+    x, ct = case.x(6), case.cotangent(6)
+    with use_backend(backend):
+        x_bar, y = jax.jit(jax.grad(loss, has_aux=True))(put(x, kind, "data"), ct, sharded(case, kind, dim))
+    terms = case.terms + DEVICES
+    assert_within_bound(y, lambda x, w: x @ w.T, x, case.weight, terms=terms)
+    assert_within_bound(x_bar, lambda g, w: g @ w, ct, case.weight, terms=terms)
+    if kind == "Explicit":
+        assert jax.typeof(y).sharding.spec[0] == "data"
 
 
 def collectives(f, *args):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 
-def main(process: int, port: int, shape: list[int], path: str) -> None:
+def main(process: int, port: int, shape: list[int], path: str, more: bool) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
     from sharding.models import GREEDY, PROMPTS
@@ -19,7 +19,7 @@ def main(process: int, port: int, shape: list[int], path: str) -> None:
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
     model = UPGModel.from_file(path, mesh=jax.make_mesh(shape, ("data", "model")))
     seen = {"generated": [answer.ids for answer in model.generate(PROMPTS, **GREEDY)]}
-    if shape[0] == 1:
+    if more:
         streamed = [token.id for token in model.stream(PROMPTS[0], **GREEDY)]
         logits, _ = model.forward([PROMPTS[0]])
         seen["streamed"] = [token for token in streamed if token is not None]
@@ -28,4 +28,4 @@ def main(process: int, port: int, shape: list[int], path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_many_vectors(case, vectors, backend):
 def test_gaps_up_to_70000_columns(manifold, backend):
     layer = MdCSR.from_dense(gaps_matrix(), manifold=manifold, row_alignment=8)
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.standard_normal((2, layer.in_features)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((2, layer.in_features)).astype(np.float32))
     w = decode_layer(layer)
     terms = int(np.diff(np.asarray(layer.row_pointers).astype(np.int64)).max()) + 2
     assert_within_bound(sparse_dense(x, layer), lambda x, w: x @ w.T, x, w, terms=terms)

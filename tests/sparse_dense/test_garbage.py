@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.bounds import assert_within_bound
@@ -60,8 +59,8 @@ def test_structurally_sound_garbage_means_what_the_format_says(manifold, seed, b
     rng = np.random.default_rng(seed)
     layer = garbage(rng, manifold, columns=200, max_delta=3).validate("structural")
     np.testing.assert_array_equal(layer.to_dense(np.float32), decode_layer(layer))
-    x = jnp.asarray(rng.standard_normal((2, 200)).astype(np.float32))
-    g = jnp.asarray(rng.standard_normal((2, ROWS)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((2, 200)).astype(np.float32))
+    g = jax.device_put(rng.standard_normal((2, ROWS)).astype(np.float32))
     y, x_bar = both(x, layer, g)
     levels = positive_and_negative_levels(layer)
     operands = (*levels, layer.scales)
@@ -85,7 +84,7 @@ def test_columns_outside_the_matrix_leave_the_other_rows_alone(seed):
             for begin, end in zip(layer.row_pointers[:-1], layer.row_pointers[1:], strict=True)
         ]
     )
-    x = jnp.asarray(rng.standard_normal((2, 700)).astype(np.float32))
+    x = jax.device_put(rng.standard_normal((2, 700)).astype(np.float32))
     wide = dataclasses.replace(layer, shape=(ROWS, ENTRIES * 255 + 1))
     expected = decode_layer(wide)[:, :700]
     padded = np.pad(x, ((0, 0), (0, wide.in_features - 700)))

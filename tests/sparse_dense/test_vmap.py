@@ -30,7 +30,7 @@ def calls(f, *args) -> int:
 
 def many_scales(case: Case, n: int) -> jnp.ndarray:
     rng = np.random.default_rng(n)
-    return jnp.asarray(rng.uniform(0.5, 1.5, (n, case.shape[0])).astype(np.float32) * case.scales)
+    return jax.device_put(rng.uniform(0.5, 1.5, (n, case.shape[0])).astype(np.float32) * case.scales)
 
 
 @each_case

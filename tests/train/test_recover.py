@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -116,6 +117,26 @@ def test_unfinished_work_from_other_settings_is_refused(models, tmp_path):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         recover(half, dense, [TEXT], tmp_path / "m", BUDGET)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="directories have no locks on Windows")
+def test_a_second_run_of_the_same_destination_is_refused_before_it_trains(models, tmp_path):
+    dense, half = models
+    refused = []
+
+    def second_run(progress):
+        for restart in (False, True):
+            with pytest.raises(CheckpointError, match="another run is at work"):
+                recover(half, dense, [TEXT], tmp_path / "m", BUDGET, restart=restart, force=True)
+            refused.append(progress.step)
+
+    settings = dataclasses.replace(BUDGET, tokens=32 * 8 * 2)
+    for restart in (False, True):
+        recover(
+            half, dense, [TEXT], tmp_path / "m", settings, progress=second_run, restart=restart, force=restart
+        )
+        assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert refused == [1, 1, 2, 2] * 2
 
 
 def test_minutes_end_a_training(models, tmp_path):

@@ -26,6 +26,7 @@ class Library:
         self._provide = c.upg_cuda_provide
         self._provide.argtypes = (
             ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p,
+            ctypes.c_int,
         )  # fmt: skip
         self._provide.restype = None
         self.ffi_api: tuple[int, int] = (c.upg_ffi_api_major(), c.upg_ffi_api_minor())
@@ -38,12 +39,14 @@ class Library:
     def _on_demand(self, kernel: bytes, major: int, minor: int) -> None:
         import metal_ops
 
-        cubin, problem = b"", b""
+        cubin, problem, for_good = b"", b"", True
         try:
             cubin = metal_ops.compile_named(kernel.decode(), f"sm_{major}{minor}")
         except BaseException as error:  # nothing may leave a callback
             problem = f"{type(error).__name__}: {error}".encode()
-        self._provide(kernel, major, minor, cubin, len(cubin), problem)
+            # Anything else, such as Ctrl-C or a lack of memory, ends this call alone.
+            for_good = isinstance(error, (metal_ops.SourceError, metal_ops.UnavailableError))
+        self._provide(kernel, major, minor, cubin, len(cubin), problem, for_good)
 
 
 def load() -> Library | None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upg_jax._compat import explicit_sharding
+from upg_jax._compat import explicit_sharding, in_auto_mode
 from upg_jax._mdcsr import MdCSR
 from upg_jax._sharded import ShardedMdCSR
 from upg_jax._sparse_dense._backend import requested_backend
@@ -53,7 +53,7 @@ def sparse_dense(
     backend = requested_backend()
     if sharding is None:
         return _product(x, layer, bias, index, backend=backend)
-    return _in_auto_mode(sharding, x, layer, bias, index, backend)
+    return _in_explicit_mesh(sharding, x, layer, bias, index, backend)
 
 
 def check_operands(
@@ -110,7 +110,7 @@ def finish(y: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def _in_auto_mode(
+def _in_explicit_mesh(
     sharding: Any, x: jax.Array, layer: MdCSR, bias: jax.Array | None, index: jax.Array, backend: str
 ) -> jax.Array:
     """Under a mesh with explicit axes the result keeps the sharding of `x`'s leading dimensions."""
@@ -121,10 +121,8 @@ def _in_auto_mode(
             f"sparse_dense: the last dimension of x must not be sharded; it is, over {features!r}; use "
             "jax.shard_map for a row-parallel product, or jax.reshard x first"
         )
-    # With its mesh, so that it also holds outside `jax.set_mesh`.
-    out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*lead, None))
     product = functools.partial(_product, backend=backend)
-    return jax.sharding.auto_axes(product, out_sharding=out)(x, layer, bias, index)
+    return in_auto_mode(product, sharding, [*lead, None])(x, layer, bias, index)
 
 
 def _check_x(x: jax.Array, layer: MdCSR) -> None:

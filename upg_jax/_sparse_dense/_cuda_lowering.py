@@ -6,6 +6,7 @@ capture it in a CUDA graph. Many vectors multiply a dense matrix of levels, on t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 Algorithm: TypeAlias = Literal["auto", "sparse", "dense"]
 
 _ELEMENTS = ("float32", "bfloat16", "float16")
-_MAX_GROUPS = 65_535
+# Of a grid, along its second and third axes.
+_MAX_THREADGROUPS = 65_535
 # Bytes of dense levels: beyond, memory counts for more than time.
 _MAX_LEVELS = 2 << 30
 _LARGEST = float(jnp.finfo(jnp.bfloat16).max)
@@ -91,8 +93,7 @@ def _product(
         return jnp.zeros(shape, dtype)
     flat = x.reshape(work.groups, work.vectors, features)
     if algorithm == "sparse" or (algorithm == "auto" and not dense_is_faster(work)):
-        plan = _common_plan(work) if transposed else _product_plan(work, dtype)
-        y = _call(plan, {"x": flat, "scales": scales, "index": index}, planes, (results,))
+        y = _walk(work, flat, {"scales": scales, "index": index}, planes, results, dtype)
     elif transposed:
         levels = _levels(work, _exact_dtype(jnp.float32, layout), index, planes)
         y = _multiply(flat.astype(jnp.float32) * _scales_of(scales, index), levels, 1)
@@ -100,6 +101,20 @@ def _product(
         levels = _levels(work, _exact_dtype(x.dtype, layout), index, planes)
         y = _multiply(flat, levels, 2) * _scales_of(scales, index)
     return y.reshape(shape).astype(dtype)
+
+
+def _walk(
+    work: metal_ops.Work, x: jax.Array, given: dict[str, jax.Array], planes: Sequence[jax.Array], results: int,
+    dtype: str,
+) -> jax.Array:  # fmt: skip
+    """Products by the entries; of halves of the vectors where they are more than a grid takes."""
+    plan = _common_plan(work) if work.operation == "transposed" else _product_plan(work, dtype)
+    if all(step.threadgroups[1] <= _MAX_THREADGROUPS for step in plan.steps):
+        return _call(plan, {"x": x, **given}, planes, (results,))
+    halves = jnp.array_split(x, 2, axis=1)
+    works = [dataclasses.replace(work, vectors=half.shape[1]) for half in halves]
+    of_half = [_walk(w, half, given, planes, results, dtype) for w, half in zip(works, halves, strict=True)]
+    return jnp.concatenate(of_half, axis=1)
 
 
 def _is_nothing(work: metal_ops.Work) -> bool:
@@ -120,7 +135,7 @@ def _unfit(avals: Any, layout: Layout) -> str | None:
     groups = (
         avals[0].shape[0] if len(avals) < 6 and avals[1].dtype == jnp.uint32 else math.prod(avals[2].shape)
     )
-    return "a grid has at most 65535 groups" if groups > _MAX_GROUPS else None
+    return "a grid has at most 65535 groups" if groups > _MAX_THREADGROUPS else None
 
 
 def _work(
@@ -179,8 +194,6 @@ def _common_plan(work: metal_ops.Work) -> metal_ops.Plan:
 
 def _levels(work: metal_ops.Work, dtype: Any, index: jax.Array, planes: Sequence[jax.Array]) -> jax.Array:
     """Dense levels `(groups, rows, columns)` of the layer of each group."""
-    import dataclasses
-
     import metal_ops
 
     plan = metal_ops.levels_plan(dataclasses.replace(work, operation="decode", dtype=str(dtype)))
@@ -188,7 +201,12 @@ def _levels(work: metal_ops.Work, dtype: Any, index: jax.Array, planes: Sequence
 
 
 def _multiply(x: jax.Array, levels: jax.Array, contracted: int) -> jax.Array:
-    """A product for each group, accumulated in float32; float32 vectors meet narrow levels as three bfloat16 ones."""
+    """A product for each group, accumulated in float32; of float32 and bfloat16, the former as three bfloat16 ones."""
+    if x.dtype == jnp.bfloat16 and levels.dtype == jnp.float32:
+        # Levels are integers below 2**24. (float16 vectors have no such partner: its largest is 65504.)
+        three = jnp.stack(_three_parts(levels), axis=1)
+        dimensions = (((2,), (contracted + 1,)), ((0,), (0,)))
+        return lax.dot_general(x, three, dimensions, preferred_element_type=jnp.float32).sum(axis=2)
     exact = x.dtype == levels.dtype or levels.dtype == jnp.float32
     parts = [x.astype(levels.dtype)] if exact else _three_parts(x)
     dimensions = (((2,), (contracted,)), ((0,), (0,)))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from upg_jax import _cuda, _native
-from upg_jax._compat import Primitive, mlir
+from upg_jax._compat import Primitive, explicit_sharding, in_auto_mode, mlir
 from upg_jax._errors import BackendError
 from upg_jax._sparse_dense import (
     _cuda_lowering,
@@ -20,6 +20,21 @@ from upg_jax._sparse_dense import (
 )
 from upg_jax._sparse_dense._decode import decode_p
 from upg_jax._sparse_dense._primitive import Layout, dense_sparse_p, sparse_dense_p
+
+
+def _unsharded(implementation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A product whose operands' types say nothing of a mesh, as they do where vmap is over a sharded axis."""
+
+    @functools.wraps(implementation)
+    def product(x: jax.Array, *args: jax.Array, **params: Any) -> jax.Array:
+        sharding = explicit_sharding(x)
+        if sharding is None:
+            return implementation(x, *args, **params)
+        spec: list[Any] = list(sharding.spec)
+        *lead, _ = spec + [None] * (x.ndim - len(spec))
+        return in_auto_mode(functools.partial(implementation, **params), sharding, [*lead, None])(x, *args)
+
+    return product
 
 
 def _register(
@@ -83,11 +98,11 @@ for _primitive, _target, _operation, _transposed in (
 ):
     _register(
         _primitive,
-        getattr(_reference, _primitive.name),
+        _unsharded(getattr(_reference, _primitive.name)),
         _target,
         _operation,
-        getattr(_narrow_lowering, _primitive.name),
-        getattr(_cuda_lowering, _primitive.name),
+        _unsharded(getattr(_narrow_lowering, _primitive.name)),
+        _unsharded(getattr(_cuda_lowering, _primitive.name)),
         functools.partial(_native_lowering.product_scratch, transposed=_transposed),
     )
 _register(

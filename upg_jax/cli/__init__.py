@@ -18,10 +18,13 @@ _ADVICE = {
 
 def main() -> None:
     """Runs the command line; exits with 0, 1 (failed), 2 (wrong usage) or 130 (Ctrl-C)."""
-    try:
-        _main()
-    except KeyboardInterrupt:  # while modules are imported; commands have their own words
-        sys.exit(130)
+    from upg_jax.cli._interrupts import interruptible
+
+    with interruptible():
+        try:
+            _main()
+        except KeyboardInterrupt:  # while modules are imported; commands have their own words
+            sys.exit(130)
 
 
 def _main() -> None:

@@ -74,7 +74,7 @@ def recover(
         done = train(model, dense, texts, out, settings, progress=_Lines(), restart=restart, force=force)
     except KeyboardInterrupt:
         again = "the same command without --restart" if restart else "the same command"
-        stderr.print(f"interrupted; {again} continues where this run stopped")
+        stderr.print(f"interrupted; {again} continues from the last checkpoint")
         raise typer.Exit(130) from None
     if json:
         last = None if done.last is None else dataclasses.asdict(done.last)

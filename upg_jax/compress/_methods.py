@@ -10,7 +10,7 @@ from upg_jax._quantize import scales_of
 from upg_jax.compress._prune import prune_mask
 from upg_jax.compress._selection import Pattern
 from upg_jax.compress._settings import Encoding, Settings
-from upg_jax.compress._sparsegpt import prune
+from upg_jax.compress._sparsegpt import prune, prune_to_few_bits
 from upg_jax.compress._statistics import Inputs
 
 # Weights grow where they make up for others; multipliers have levels to spare.
@@ -59,7 +59,12 @@ def _by_sparsegpt(w: np.ndarray, encoding: Encoding, pattern: Pattern, inputs: I
     bits, groups = encoding.value_bits, encoding.group_size
     largest = np.abs(dense).max(axis=1, initial=0.0) * np.float32(1.0 if bits == 8 else _ROOM)
     scales = scales_of(largest, "unit", value_bits=bits)
-    pruned = prune(dense, inputs.factor, encoding.density, pattern, scales, bits, groups)
+    if groups is None:
+        pruned = prune(dense, inputs.factor, encoding.density, pattern, scales)
+    else:
+        pruned = prune_to_few_bits(
+            dense, inputs.factor, inputs.ordered, encoding.density, pattern, scales, bits, groups
+        )
     assert pruned.levels is not None
     return encode_levels(
         pruned.levels,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -38,46 +36,6 @@ class Partial:
         self.output = self.path / "output"
         self.replaced = self.path / "replaced"
         self._parts = self.path / "parts"
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the directory, which it makes if need be, until the block or the process ends.
-
-        Windows, and file systems that know no locks, go without.
-
-        Raises:
-            CheckpointError: if another run is at work.
-        """
-        if os.name != "posix":
-            yield
-            return
-        import fcntl
-
-        self.path.mkdir(exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._busy() from None
-            except OSError:
-                pass
-            # A run that ends takes the directory with it.
-            if not self.path.exists() or not os.path.samestat(os.fstat(descriptor), self.path.stat()):
-                raise self._busy()
-            try:
-                yield
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self.path.rmdir()  # where nothing was begun
-                raise
-        finally:
-            os.close(descriptor)
-
-    def _busy(self) -> CheckpointError:
-        return CheckpointError(
-            f"compress: another run is at work in {self.path}; wait for it, or choose another name"
-        )
 
     def open(
         self,

@@ -22,6 +22,7 @@ from upg_jax.compress._progress import Meter, Progress
 from upg_jax.compress._prune import CALIBRATED
 from upg_jax.compress._settings import Encoding, Settings
 from upg_jax.io import Checkpoint, UPGDecompressor, open_checkpoint, save
+from upg_jax.io._locked import locked
 
 MODEL = "model.safetensors"
 CONFIG = "config.json"
@@ -136,7 +137,7 @@ def compress_checkpoint(
     _check_place(checkpoint, destination)
     partial = Partial(destination)
     may_exist = force or partial.exists()
-    with partial.locked():
+    with locked(partial.path, "compress"):
         if partial.replaced.exists() and not destination.exists():
             partial.replaced.rename(destination)
         _check_destination(destination, may_exist)

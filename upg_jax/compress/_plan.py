@@ -161,10 +161,12 @@ def plan(checkpoint: Checkpoint, settings: Settings, calibration: Calibration | 
         )
         for name, shape in shapes.items()
     ]
+    warnings = _warnings(tensors, settings.method)
+    if checkpoint.left_out:
+        images = f"{len(checkpoint.left_out)} tensors for reading images, from {checkpoint.left_out[0]} on"
+        warnings.append(f"left out, since the result is a model of text: {images}")
     file_sizes = [file_bytes(place(arrange(items)), strings) for items in (expected, at_most)]
-    return Plan(
-        settings, calibration, tensors, file_sizes[0], max(file_sizes), _warnings(tensors, settings.method)
-    )
+    return Plan(settings, calibration, tensors, file_sizes[0], max(file_sizes), warnings)
 
 
 def provenance(

@@ -17,15 +17,13 @@ import numpy as np
 from jax import lax
 
 from upg_jax._errors import EncodingError
-from upg_jax._quantize_groups import choose_multipliers, quantize
-from upg_jax._values import groups_of
+from upg_jax.compress._gptq import quantize_in_order
+from upg_jax.compress._hessian import Ordered, factor, ordered
 from upg_jax.compress._selection import Pattern, keep_largest
 
 _BLOCK = 128
 # Columns whose changes reach each other one by one; the rest of a block gets those of a slice in one product.
 _SLICE = 32
-_DAMPENING = 0.01
-_MOST_DAMPENING = 1.0
 
 
 class Pruned(NamedTuple):
@@ -44,46 +42,6 @@ class Pruned(NamedTuple):
     multipliers: np.ndarray | None = None
 
 
-def factor(gram: jax.Array) -> jax.Array:
-    """Factors the inverse of a dampened Hessian.
-
-    The diagonal of a feature that is always 0 becomes 1, and the mean diagonal's hundredth is added; more, by
-    factors of ten, where float32 needs it.
-
-    Args:
-        gram: float32 `(columns, columns)`, the sum of `x x^T` over the calibration activations.
-
-    Returns:
-        Upper triangular `R` with `inverse = R^T R`.
-
-    Raises:
-        EncodingError: if the matrix is not finite.
-    """
-    if not bool(jnp.isfinite(gram).all()):
-        raise EncodingError("sparsegpt: the calibration activations must be finite; got NaN or infinity")
-    dampening = _DAMPENING
-    while True:
-        upper = _factor(gram, np.float32(dampening))
-        if bool(jnp.isfinite(upper).all()):
-            return upper
-        if dampening >= _MOST_DAMPENING:
-            raise EncodingError("sparsegpt: the Hessian of the calibration activations cannot be factored")
-        dampening *= 10
-
-
-@jax.jit
-def _factor(gram: jax.Array, dampening: jax.Array) -> jax.Array:
-    diagonal = jnp.diagonal(gram)
-    dead = diagonal == 0
-    added = dampening * jnp.mean(diagonal) + dead.astype(diagonal.dtype)
-    # With J reversing the order, J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J: one factorization and one
-    # triangular inverse, where the paper factors an explicit inverse.
-    reversed_ = (gram + jnp.diag(added))[::-1, ::-1]
-    lower = jnp.linalg.cholesky(reversed_)
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(gram.shape[0], dtype=gram.dtype), lower=True)
-    return inverse[::-1, ::-1]
-
-
 def sparsegpt(
     w: Any,
     hessian: Any,
@@ -98,7 +56,8 @@ def sparsegpt(
 
     From the first column to the last, what pruning and rounding change is made up for by the columns that follow.
     Within a block of 128 columns (M columns for N:M) the weights whose removal costs least are chosen, given what the
-    columns before have made of them; the same share of every block.
+    columns before have made of them; the same share of every block. What it leaves is then quantized to values of
+    fewer than 8 bits by GPTQ, the columns of the largest inputs first.
 
     Args:
         w: float `(out_features, in_features)`.
@@ -107,24 +66,45 @@ def sparsegpt(
         pattern: see `prune_mask`.
         scales: float32 `(out_features,)`, quantization steps of the survivors; 0 for a row of zeros.
         value_bits: of the survivors' values; of fewer than 8, steps are scales times multipliers.
-        group_size: columns that share a multiplier, chosen from what the columns before have made of them.
+        group_size: columns that share a multiplier, chosen from what pruning alone has made of them.
 
     Raises:
         EncodingError: for a density or pattern that does not fit, or a Hessian that is not finite.
     """
     if not 0.0 <= density <= 1.0:
         raise EncodingError(f"sparsegpt: density must be in [0, 1]; got {density}")
-    upper = factor(jnp.asarray(hessian, jnp.float32))
-    chosen = Pattern.parse(pattern)
-    return prune(
-        np.asarray(w, np.float32),
-        upper,
-        density,
-        chosen,
-        None if scales is None else np.asarray(scales, np.float32),
-        value_bits,
-        group_size,
-    )
+    w, gram, chosen = np.asarray(w, np.float32), jnp.asarray(hessian, jnp.float32), Pattern.parse(pattern)
+    steps = None if scales is None else np.asarray(scales, np.float32)
+    if steps is None or group_size is None:
+        return prune(w, factor(gram), density, chosen, steps)
+    return prune_to_few_bits(w, factor(gram), ordered(gram), density, chosen, steps, value_bits, group_size)
+
+
+def prune_to_few_bits(
+    w: np.ndarray,
+    upper: jax.Array,
+    in_order: Ordered,
+    density: float,
+    pattern: Pattern,
+    scales: np.ndarray,
+    value_bits: int,
+    group_size: int,
+) -> Pruned:
+    """`sparsegpt` with values of fewer than 8 bits: what it leaves is quantized by GPTQ.
+
+    Args:
+        w: see `sparsegpt`.
+        upper: `factor` of the Hessian.
+        in_order: `ordered` of the Hessian.
+        density: see `sparsegpt`, like the following.
+        pattern: parsed.
+        scales: see `sparsegpt`.
+        value_bits: see there.
+        group_size: see there.
+    """
+    chosen = prune(w, upper, density, pattern, None)
+    found = quantize_in_order(chosen.weights, chosen.mask, in_order, scales, value_bits, group_size)
+    return Pruned(found.weights, chosen.mask, found.levels, found.multipliers)
 
 
 def prune(
@@ -133,26 +113,19 @@ def prune(
     density: float,
     pattern: Pattern,
     scales: np.ndarray | None,
-    value_bits: int = 8,
-    group_size: int | None = None,
 ) -> Pruned:
-    """`sparsegpt` with the inverse Hessian factored."""
+    """`sparsegpt` with the inverse Hessian factored, and int8 values or none."""
     rows, columns = w.shape
     pattern.check_density(density)
     pattern.check_columns(columns)
     group = pattern.group or _BLOCK
     block = group * max(1, _BLOCK // group)
-    if group_size is not None and block % group_size:
-        raise EncodingError(
-            f"sparsegpt: blocks of {block} columns, of which pattern N:{group} is met, must hold whole groups of "
-            f"{group_size}; use a pattern N:M whose M divides {group_size}"
-        )
     padding = -columns % block
     counts = _counts(rows, columns, density, pattern, group, padding)
     # Columns that are padding have no effect on others, and are never chosen.
     padded = jnp.pad(upper, ((0, padding), (0, padding)))
     padded = padded.at[jnp.arange(columns, columns + padding), jnp.arange(columns, columns + padding)].set(1)
-    weights, mask, levels, multipliers = _prune(
+    weights, mask, levels = _prune(
         jnp.pad(jnp.asarray(w), ((0, 0), (0, padding))),
         padded,
         counts,
@@ -161,15 +134,12 @@ def prune(
         block=block,
         group=group,
         by_row=pattern.scope == "row",
-        value_bits=value_bits,
-        group_size=group_size,
     )
     kept = np.asarray(mask)[:, :columns]
     return Pruned(
         np.asarray(weights)[:, :columns],
         kept,
         None if scales is None else np.asarray(levels)[:, :columns],
-        None if group_size is None else np.asarray(multipliers).T[:, : groups_of(columns, group_size)],
     )
 
 
@@ -184,7 +154,7 @@ def _counts(
     return np.diff([round(density * of * int(end)) for end in ends]).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames=("columns", "block", "group", "by_row", "value_bits", "group_size"))
+@partial(jax.jit, static_argnames=("columns", "block", "group", "by_row"))
 def _prune(
     w: jax.Array,
     upper: jax.Array,
@@ -195,8 +165,6 @@ def _prune(
     block: int,
     group: int,
     by_row: bool,
-    value_bits: int,
-    group_size: int | None,
 ) -> tuple[jax.Array, ...]:
     rows, width = w.shape
     inner = math.gcd(group, _SLICE)
@@ -209,17 +177,8 @@ def _prune(
         kept = keep_largest(scores if by_row else scores.reshape(1, -1), count)
         return kept.reshape(rows, group).T
 
-    def multipliers_of(part: jax.Array, kept: jax.Array, at: jax.Array, first: jax.Array) -> jax.Array:
-        """Of the group that begins at `first`; what survives of it is known where a pattern is no shorter."""
-        assert group_size is not None
-        assert divisors is not None
-        targets = lax.dynamic_slice(part, (first, 0), (group_size, rows)) / divisors[None]
-        if group >= group_size:
-            targets = jnp.where(lax.dynamic_slice(kept, (first - at, 0), (group_size, rows)), targets, 0)
-        return choose_multipliers(targets.T, value_bits, jnp).astype(jnp.uint8)
-
     def prune_block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        w, masks, levels, multipliers = carry
+        w, masks, levels = carry
         start = index * block
         rows_of_upper = lax.dynamic_slice(upper, (start, 0), (block, width))
         square = lax.dynamic_slice(rows_of_upper, (0, start), (block, block))
@@ -234,18 +193,8 @@ def _prune(
             kept = select(chosen, diagonal, start + at, counts[index * (block // group) + g])
 
             def prune_slice(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                part, errors, masks, levels, multipliers = carry
+                part, errors, masks, levels = carry
                 first = at + number * inner
-                unit = jnp.ones(rows, jnp.float32)
-                if group_size is not None:
-                    this = (start + first) // group_size
-                    multipliers = lax.cond(
-                        (start + first) % group_size == 0,
-                        lambda m: m.at[this].set(multipliers_of(part, kept, at, first)),
-                        lambda m: m,
-                        multipliers,
-                    )
-                    unit = multipliers[this].astype(jnp.float32)
                 triangle = lax.dynamic_slice(square, (first, first), (inner, inner))
                 survive = lax.dynamic_slice(kept, (number * inner, 0), (inner, rows))
 
@@ -255,9 +204,9 @@ def _prune(
                         level = jnp.zeros(rows, jnp.int8)
                         final = jnp.where(survive[j], columns[j], 0)
                     else:
-                        q = quantize(columns[j] / divisors, unit, value_bits, jnp)
+                        q = jnp.clip(jnp.rint(columns[j] / divisors), -127, 127)
                         q = jnp.where(survive[j], q, 0)
-                        level, final = q.astype(jnp.int8), q * unit * scales
+                        level, final = q.astype(jnp.int8), q * scales
                     error = (columns[j] - final) / triangle[j, j]
                     columns = columns - triangle[j][:, None] * error[None]
                     return columns.at[j].set(final), errors.at[j].set(error), levels.at[j].set(level)
@@ -276,8 +225,7 @@ def _prune(
                 )
                 part = part - jnp.matmul(later.T, error, precision=lax.Precision.HIGHEST)
                 put = partial(lax.dynamic_update_slice, start_indices=(first, 0))
-                found = put(part, columns), put(errors, error), put(masks, survive), put(levels, level)
-                return *found, multipliers
+                return put(part, columns), put(errors, error), put(masks, survive), put(levels, level)
 
             return lax.fori_loop(0, group // inner, prune_slice, (part, *others))
 
@@ -286,14 +234,12 @@ def _prune(
             jnp.zeros_like(part),
             jnp.zeros(part.shape, jnp.bool_),
             jnp.zeros(part.shape, jnp.int8),
-            multipliers,
         )
-        part, errors, mask, level, multipliers = lax.fori_loop(0, block // group, prune_group, done)
+        part, errors, mask, level = lax.fori_loop(0, block // group, prune_group, done)
         later = jnp.where((jnp.arange(width) >= start + block)[None], rows_of_upper, 0)
         w = w - jnp.matmul(errors.T, later, precision=lax.Precision.HIGHEST)
         put = partial(lax.dynamic_update_slice, start_indices=(0, start))
-        return put(w, part.T), put(masks, mask.T), put(levels, level.T), multipliers
+        return put(w, part.T), put(masks, mask.T), put(levels, level.T)
 
-    groups = jnp.zeros((groups_of(width, group_size), rows), jnp.uint8)
-    begin = (w, jnp.zeros(w.shape, jnp.bool_), jnp.zeros(w.shape, jnp.int8), groups)
+    begin = (w, jnp.zeros(w.shape, jnp.bool_), jnp.zeros(w.shape, jnp.int8))
     return lax.fori_loop(0, width // block, prune_block, begin)

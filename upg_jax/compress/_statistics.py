@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from upg_jax.compress._sparsegpt import factor
+from upg_jax.compress._hessian import Ordered, factor, ordered
 
 
 class Inputs:
@@ -26,7 +26,17 @@ class Inputs:
     @functools.cached_property
     def factor(self) -> jax.Array:
         """Of the inverse Hessian, see `sparsegpt`; float32 `(features, features)`."""
-        return factor(gram(self._batches, self._precision))
+        return factor(self.hessian)
+
+    @functools.cached_property
+    def ordered(self) -> Ordered:
+        """The same for columns in the order of falling inputs."""
+        return ordered(self.hessian)
+
+    @functools.cached_property
+    def hessian(self) -> jax.Array:
+        """The sum of `x x^T` over all tokens, float32 `(features, features)`."""
+        return gram(self._batches, self._precision)
 
 
 def square_sums(inputs: Sequence[jax.Array]) -> jax.Array:

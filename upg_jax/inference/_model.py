@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from upg_jax._sharded import check_mesh
 from upg_jax.inference._answer import Generation, StreamedToken
 from upg_jax.inference._generate import generate, stream
 from upg_jax.inference._load import eos_token_ids, open_model
@@ -94,12 +95,19 @@ class UPGModel:
             CheckpointError: for an architecture or a setting that is not supported, or a tensor that is missing,
                 not part of the model, or of a wrong shape; the message names it.
             FormatError: for a UPG file that is broken.
-            ValueError: for another dtype, or an axis that the mesh does not have.
+            TypeError: for a mesh that is no `jax.sharding.Mesh`, or an axis that is no name.
+            ValueError: for another dtype, an axis that the mesh does not have, or an axis without a mesh.
         """
         dtype = jnp.dtype("float32" if dtype is None else dtype)
         if dtype.name not in _DTYPES:
             raise ValueError(
                 f"UPGModel.from_file: dtype must be one of {', '.join(_DTYPES)}; got {dtype.name}"
+            )
+        if mesh is not None:
+            check_mesh("UPGModel.from_file", mesh, axis)
+        elif axis != "model":
+            raise ValueError(
+                f"UPGModel.from_file: axis is for a mesh; got axis {axis!r} and no mesh; pass mesh=, too"
             )
         opened = open_model(path, device=mesh is None)
         config = parse_config(opened.config)

@@ -19,10 +19,12 @@ class Checkpoint(Protocol):
     Attributes:
         path: the directory or file it was opened from.
         config: the model's description under the keys of Hugging Face's `config.json`.
+        left_out: names of tensors that are not offered, since they belong to no model of text.
     """
 
     path: Path
     config: dict[str, Any]
+    left_out: list[str]
 
     def names(self) -> list[str]:
         """Returns the tensors' Hugging Face names, in layer order."""

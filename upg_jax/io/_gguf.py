@@ -62,6 +62,7 @@ class GGUFCheckpoint:
         by_name = {self._hugging_face_name(name): tensor for name, tensor in header.tensors.items()}
         self._tensors = {name: by_name[name] for name in layer_order(by_name)}
         self.config = self._config()
+        self.left_out: list[str] = []
         self._check_shapes()
 
     def names(self) -> list[str]:

@@ -57,7 +57,7 @@ class HuggingFaceCheckpoint:
         if not found:
             raise CheckpointError(f"{path}: the safetensors files hold no tensor")
         self.config: dict[str, Any]
-        self.config, found = text_model(path / CONFIG, config, found)
+        self.config, found, self.left_out = text_model(path / CONFIG, config, found)
         self._files = [path / CONFIG, *(path / file for file in files)]
         self._tensors = {name: found[name] for name in layer_order(found)}
 

@@ -21,7 +21,7 @@ from upg_jax._compat import other_mesh_is_set, require_shard_map
 from upg_jax._cut import PADDING, Cut, even_cut, sources
 from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import MdCSR
-from upg_jax._sharded import Dim, ShardedMdCSR, shard, shard_as
+from upg_jax._sharded import Dim, ShardedMdCSR, check_mesh, shard, shard_as
 from upg_jax.models._cache import KVCache, init_cache
 from upg_jax.models._config import DecoderConfig
 from upg_jax.models._linear import joined
@@ -50,13 +50,13 @@ def shard_params(params: Mapping[str, Any], config: DecoderConfig, mesh: Mesh, a
         axis: name of the mesh axis.
 
     Raises:
+        TypeError: for a mesh that is no `jax.sharding.Mesh`, or an axis that is no name.
         ValueError: if the mesh has no such axis.
         CheckpointError: for a projection that is dense, naming it.
         NotImplementedError: with a JAX too old for `jax.shard_map`.
     """
     require_shard_map("UPGModel: a mesh")
-    if axis not in mesh.shape:
-        raise ValueError(f"UPGModel: axis must be one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
+    check_mesh("UPGModel", mesh, axis)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(jax.sharding.AxisType.Auto,) * mesh.devices.ndim)
     cut_of = cuts(config, mesh.shape[axis])
 

@@ -94,7 +94,8 @@ class Fields:
     def neutral(self, name: str, *values: Any) -> None:
         """A feature that this server does not have, with the values that do not ask for it."""
         value = self.get(name)
-        if value is not None and value not in values:
+        # For Python, True is 1.
+        if value is not None and not any(value == v and type(value) is type(v) for v in values):
             raise self.bad(name, "is not supported by this server", "unsupported_parameter")
 
     def ignore(self, *names: str) -> None:

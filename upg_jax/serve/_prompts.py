@@ -66,34 +66,33 @@ def _object(value: Any, where: str) -> Fields:
     return Fields(value, f"{where}.")
 
 
-def completion_prompts(fields: Fields, model: UPGModel) -> list[list[int]]:
-    """Reads `prompt`, which may be several.
+def completion_prompts(fields: Fields) -> list[Any]:
+    """Reads `prompt`, which may be several."""
+    prompt = fields.get("prompt")
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return prompt if several else [prompt]
+
+
+def encode_prompt(prompt: Any, model: UPGModel) -> list[int]:
+    """Turns one of them, a text or token ids, into token ids.
 
     Raises:
         ApiError: naming the field.
     """
-    prompt = fields.get("prompt")
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    prompts = prompt if several else [prompt]
-    if len(prompts) > 1024:
-        raise bad("prompt", "'prompt' has too many prompts")
-    found = []
-    for one in prompts:
-        ids = isinstance(one, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in one)
-        if not isinstance(one, str) and not ids:
-            raise bad("prompt", "'prompt' must be a string, a list of token ids, or a list of either")
-        if isinstance(one, str):
-            _tokenizer(model, "prompt")
-            _check_unicode(one, "prompt")
-        elif any(not 0 <= i < model.config.vocab_size for i in one):
-            raise bad("prompt", f"token ids must be in [0, {model.config.vocab_size})")
-        if not one:
-            raise bad("prompt", "'prompt' must not be empty")
-        try:
-            found.append(model.encode(one))
-        except ValueError as e:
-            raise bad("prompt", str(e)) from e
-    return found
+    ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+    if not isinstance(prompt, str) and not ids:
+        raise bad("prompt", "'prompt' must be a string, a list of token ids, or a list of either")
+    if isinstance(prompt, str):
+        _tokenizer(model, "prompt")
+        _check_unicode(prompt, "prompt")
+    elif any(not 0 <= i < model.config.vocab_size for i in prompt):
+        raise bad("prompt", f"token ids must be in [0, {model.config.vocab_size})")
+    if not prompt:
+        raise bad("prompt", "'prompt' must not be empty")
+    try:
+        return model.encode(prompt)
+    except ValueError as e:
+        raise bad("prompt", str(e)) from e
 
 
 def _check_unicode(text: str, param: str) -> None:

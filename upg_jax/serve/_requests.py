@@ -9,7 +9,7 @@ from typing import Any
 from upg_jax.inference import GenerationSettings, UPGModel
 from upg_jax.serve._errors import ApiError, bad
 from upg_jax.serve._fields import Fields
-from upg_jax.serve._prompts import chat_prompt, completion_prompts
+from upg_jax.serve._prompts import chat_prompt, completion_prompts, encode_prompt
 
 _SEEDS = 2**63
 _STOPS, _STOP_LENGTH = 16, 128  # OpenAI takes 4
@@ -47,6 +47,7 @@ def parse_chat(values: dict[str, Any], model: UPGModel, name: str, context: int,
     """
     fields = Fields(values)
     _check_model(fields, name)
+    n = _choices(fields, choices, 1)
     prompt = chat_prompt(fields, model)
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 20)
     if top is not None and not wanted:
@@ -59,7 +60,7 @@ def parse_chat(values: dict[str, Any], model: UPGModel, name: str, context: int,
     fields.neutral("tool_choice", "none", "auto")
     fields.neutral("function_call", "none", "auto")
     fields.ignore("parallel_tool_calls", "reasoning_effort", "verbosity", "prediction")
-    return _job(fields, model, context, choices, [prompt], limit or older, wanted, top or 0, chat=True)
+    return _job(fields, model, context, n, [prompt], limit or older, wanted, top or 0, chat=True)
 
 
 def parse_completion(values: dict[str, Any], model: UPGModel, name: str, context: int, choices: int) -> Job:
@@ -70,25 +71,25 @@ def parse_completion(values: dict[str, Any], model: UPGModel, name: str, context
     """
     fields = Fields(values)
     _check_model(fields, name)
-    prompts = completion_prompts(fields, model)
+    texts = completion_prompts(fields)
+    # Before any is tokenized, which takes a while.
+    n = _choices(fields, choices, len(texts))
+    prompts = [encode_prompt(text, model) for text in texts]
     top = fields.integer("logprobs", 0, 5)
     limit = fields.integer("max_tokens", 1, context, 16)
     fields.neutral("suffix", "")
     echo = fields.flag("echo")
     if echo and top is not None:
         raise bad("echo", "'echo' together with 'logprobs' is not supported by this server")
-    n = fields.get("n")
     fields.neutral("best_of", 1, n)
-    return _job(
-        fields, model, context, choices, prompts, limit, top is not None, top or 0, chat=False, echo=echo
-    )
+    return _job(fields, model, context, n, prompts, limit, top is not None, top or 0, chat=False, echo=echo)
 
 
 def _job(
     fields: Fields,
     model: UPGModel,
     context: int,
-    choices: int,
+    n: int,
     prompts: list[list[int]],
     limit: int | None,
     wanted: bool,
@@ -97,12 +98,6 @@ def _job(
     chat: bool,
     echo: bool = False,
 ) -> Job:
-    n = fields.integer("n", 1, choices, 1)
-    assert n is not None
-    if n * len(prompts) > choices:
-        raise bad(
-            "n", f"one request may ask for {choices} answers; got {n} to each of {len(prompts)} prompts"
-        )
     stream = fields.flag("stream")
     options = fields.get("stream_options")
     if options is not None and (not stream or not isinstance(options, dict)):
@@ -153,6 +148,15 @@ def _job(
         include_usage=include_usage,
         echo=echo,
     )
+
+
+def _choices(fields: Fields, most: int, prompts: int) -> int:
+    """Answers to each prompt, if all prompts together ask for no more than may be."""
+    n = fields.integer("n", 1, most, 1)
+    assert n is not None
+    if n * prompts > most:
+        raise bad("n", f"one request may ask for {most} answers; got {n} to each of {prompts} prompts")
+    return n
 
 
 def _check_model(fields: Fields, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 from types import FrameType
@@ -93,9 +94,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 def configuration(app: Starlette, *, log_level: str = "warning", **more: Any) -> uvicorn.Config:
     """How uvicorn is to serve an application."""
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app, http=_Protocol, log_level=log_level, lifespan="off", ws="none", server_header=False, **more
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cut_stream)
+    return config
+
+
+def _is_no_cut_stream(record: logging.LogRecord) -> bool:
+    # An application has no other way of cutting off a client that does not read.
+    return record.getMessage() != "ASGI callable returned without completing response."
 
 
 def run(app: Starlette, engine: Engine, listener: socket.socket, limits: Limits) -> None:

@@ -20,10 +20,15 @@ class TrainingCheckpoint:
     """`OUT.partial`: weights and optimizer after some step, with what the training was begun with."""
 
     def __init__(self, destination: Path, begun_with: dict[str, Any]) -> None:
-        self.path = destination.with_name(destination.name + ".partial")
+        self.path = self.path_of(destination)
         self.output = self.path / "output"
         self._file = self.path / _FILE
         self._begun_with = json.loads(json.dumps(begun_with))
+
+    @staticmethod
+    def path_of(destination: Path) -> Path:
+        """The directory of a destination's unfinished training."""
+        return destination.with_name(destination.name + ".partial")
 
     def open(self, restart: bool) -> None:
         """Makes the directory, or empties one of ours if it is to be begun anew.
@@ -41,7 +46,7 @@ class TrainingCheckpoint:
                     "another name"
                 )
             if restart:
-                self.remove()
+                self._clear()
         self.path.mkdir(exist_ok=True)
 
     def write(self, tree: Any, facts: dict[str, Any]) -> None:
@@ -88,7 +93,14 @@ class TrainingCheckpoint:
 
     def remove(self) -> None:
         """Removes the directory."""
-        shutil.rmtree(self.path)
+        self._clear()
+        self.path.rmdir()
+
+    def _clear(self) -> None:
+        # Not the directory itself: it has the lock.
+        shutil.rmtree(self.output, ignore_errors=True)
+        for file in self.path.iterdir():
+            file.unlink()
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from upg_jax._precision import best_precision
 from upg_jax._version import __version__
 from upg_jax.inference import UPGModel
 from upg_jax.io import UPGDecompressor, save
+from upg_jax.io._locked import locked
 from upg_jax.train._checkpoint import TrainingCheckpoint
 from upg_jax.train._network import Student, Teacher
 from upg_jax.train._settings import RecoveryProgress, RecoverySettings
@@ -76,36 +77,38 @@ def recover(
         force: replace the compressed model that `destination` already is.
 
     Raises:
-        CheckpointError: for models that do not fit each other, unfinished work from other settings, or a destination
-            that is in the way.
+        CheckpointError: for models that do not fit each other, unfinished work from other settings, another run at
+            work, or a destination that is in the way.
         MissingDependencyError: without optax.
     """
     model, destination = Path(os.path.realpath(model)), Path(os.path.realpath(destination))
     _check_places(model, destination, force)
-    optimizer(settings.clip)  # its package is missing at once, or never
-    precision = settings.precision or best_precision()
-    student, teacher, encode = _networks(model, dense, precision)
-    ids = np.concatenate([np.asarray(encode(text), np.int32) for text in texts])
-    windows = TokenWindows(ids, settings.window, settings.batch * settings.micro_batches, settings.seed)
-    begun_with = {
-        "tool": f"upg_jax {__version__}",
-        "settings": settings.to_json(),
-        "precision": precision,
-        "text": windows.to_json(),
-        "model": _provenance(model),
-        "dense": os.fspath(dense),
-    }
-    checkpoint = TrainingCheckpoint(destination, begun_with)
-    checkpoint.open(restart)
-    loop = _Loop(student, teacher, windows, settings, checkpoint)
-    last = loop.run(progress)
-    made = {**begun_with, "steps": loop.step, "seconds": round(loop.seconds, 1)}
-    _write(model, checkpoint.output, student.with_trained(loop.trained).tensors(), made)
-    if destination.exists():
-        shutil.rmtree(destination)
-    checkpoint.output.rename(destination)
-    checkpoint.remove()
-    return Recovered(destination, loop.step, loop.step * settings.step_tokens, loop.seconds, last)
+    with locked(TrainingCheckpoint.path_of(destination), "recover"):
+        _check_places(model, destination, force)  # again, since a run that has just ended may have made it
+        optimizer(settings.clip)  # its package is missing at once, or never
+        precision = settings.precision or best_precision()
+        student, teacher, encode = _networks(model, dense, precision)
+        ids = np.concatenate([np.asarray(encode(text), np.int32) for text in texts])
+        windows = TokenWindows(ids, settings.window, settings.batch * settings.micro_batches, settings.seed)
+        begun_with = {
+            "tool": f"upg_jax {__version__}",
+            "settings": settings.to_json(),
+            "precision": precision,
+            "text": windows.to_json(),
+            "model": _provenance(model),
+            "dense": os.fspath(dense),
+        }
+        checkpoint = TrainingCheckpoint(destination, begun_with)
+        checkpoint.open(restart)
+        loop = _Loop(student, teacher, windows, settings, checkpoint)
+        last = loop.run(progress)
+        made = {**begun_with, "steps": loop.step, "seconds": round(loop.seconds, 1)}
+        _write(model, checkpoint.output, student.with_trained(loop.trained).tensors(), made)
+        if destination.exists():
+            shutil.rmtree(destination)
+        checkpoint.output.rename(destination)
+        checkpoint.remove()
+        return Recovered(destination, loop.step, loop.step * settings.step_tokens, loop.seconds, last)
 
 
 class _Loop:

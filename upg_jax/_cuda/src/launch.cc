@@ -101,6 +101,9 @@ struct Code {
   std::string problem;
 };
 
+// Why the last compilation on this thread gave nothing, where the next may give something.
+thread_local std::string passing_problem;
+
 struct Registry {
   std::shared_mutex mutex;
   Compile compile = nullptr;
@@ -143,7 +146,10 @@ Kernel load(Context context, const std::string& name) {
       }
       compile = r.compile;
     }
-    if (turn == 1 || compile == nullptr) throw CompileError{"nothing compiles it here"};
+    if (turn == 1 || compile == nullptr) {
+      throw CompileError{passing_problem.empty() ? "nothing compiles it here" : passing_problem};
+    }
+    passing_problem.clear();
     compile(name.c_str(), major, minor);
   }
   if (!code.problem.empty()) throw CompileError{code.problem};
@@ -262,9 +268,13 @@ UPG_API void upg_cuda_set_compiler(Compile compile) {
   r.compile = compile;
 }
 
-// A kernel's machine code for an architecture, or why there is none.
+// A kernel's machine code for an architecture, or why there is none: now, or for good.
 UPG_API void upg_cuda_provide(const char* kernel, int major, int minor, const char* cubin, size_t size,
-                              const char* problem) {
+                              const char* problem, int for_good) {
+  if (for_good == 0) {
+    passing_problem = problem;
+    return;
+  }
   Registry& r = registry();
   const std::unique_lock lock(r.mutex);
   r.code[std::make_pair(std::string(kernel), 10 * major + minor)] = {std::string(cubin, size), problem};

@@ -1,0 +1,97 @@
+"""Ctrl-C arrives once, wherever the main thread is when it is pressed."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import signal
+import sys
+import time
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+
+import pytest
+
+pytest.importorskip("typer", reason='pip install "upg-jax[demo]"')
+from upg_jax.cli._interrupts import interruptible
+
+pytestmark = pytest.mark.usefixtures("usual_interrupts")
+
+
+def ctrl_c(*ignored):
+    signal.raise_signal(signal.SIGINT)
+
+
+def wait():
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def test_not_in_the_initialization_of_an_extension_but_right_after():
+    class Extension(ExtensionFileLoader):
+        def create_module(self, spec):
+            return None
+
+        def exec_module(self, module):
+            ctrl_c()
+            module.whole = True
+
+    module = importlib.util.module_from_spec(
+        ModuleSpec("extension", loader := Extension("extension", "none"))
+    )
+    with interruptible():
+        loader.exec_module(module)
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    assert module.whole
+
+
+def test_a_callback_of_the_garbage_collector_does_not_swallow_it(capfd):
+    gc.callbacks.append(ctrl_c)
+    try:
+        with interruptible():
+            gc.collect()
+            gc.callbacks.remove(ctrl_c)
+            with pytest.raises(KeyboardInterrupt):
+                wait()
+    finally:
+        if ctrl_c in gc.callbacks:
+            gc.callbacks.remove(ctrl_c)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_second_one_at_once_does_not_end_what_the_first_began(monkeypatch):
+    now = [100.0]
+    with interruptible():
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+        now[0] += 1
+        ctrl_c()
+        now[0] += 1.5
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+
+
+def test_other_exceptions_that_nobody_can_catch_are_shown_as_usual(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+
+    class Broken:
+        def __del__(self):
+            raise ValueError("mine")
+
+    with interruptible():
+        Broken()
+        gc.collect()
+    assert [str(one.exc_value) for one in shown] == ["mine"]
+
+
+def test_afterwards_it_ends_the_process_and_who_ignored_it_still_does():
+    with interruptible():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible():
+        ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
