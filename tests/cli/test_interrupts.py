@@ -39,25 +39,42 @@ def test_not_in_the_initialization_of_an_extension_but_right_after():
     module = importlib.util.module_from_spec(
         ModuleSpec("extension", loader := Extension("extension", "none"))
     )
-    with interruptible():
+
+    def load():
         loader.exec_module(module)
-        with pytest.raises(KeyboardInterrupt):
-            wait()
+        wait()
+
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        load()
     assert module.whole
 
 
 def test_a_callback_of_the_garbage_collector_does_not_swallow_it(capfd):
-    gc.callbacks.append(ctrl_c)
-    try:
-        with interruptible():
-            gc.collect()
-            gc.callbacks.remove(ctrl_c)
-            with pytest.raises(KeyboardInterrupt):
-                wait()
-    finally:
-        if ctrl_c in gc.callbacks:
-            gc.callbacks.remove(ctrl_c)
+    def ctrl_c_once(*ignored):
+        gc.callbacks.remove(ctrl_c_once)
+        ctrl_c()
+
+    def collect():
+        gc.callbacks.append(ctrl_c_once)
+        gc.collect()
+        wait()
+
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        collect()
     assert capfd.readouterr().err == ""
+
+
+def test_one_that_was_put_off_does_not_reach_what_comes_afterwards():
+    class Dropped:
+        def __del__(self):
+            ctrl_c()
+
+    late = []
+    with interruptible():
+        Dropped()
+    signal.signal(signal.SIGINT, lambda *signal: late.append(signal))
+    time.sleep(0.1)  # five times as long as it is put off
+    assert not late
 
 
 def test_a_second_one_at_once_does_not_end_what_the_first_began(monkeypatch):

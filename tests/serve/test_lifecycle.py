@@ -19,6 +19,8 @@ import time
 import pytest
 from helpers.serving import serving
 
+from upg_jax.inference._answer import Answer
+
 httpx = pytest.importorskip("httpx", reason='pip install "upg-jax[test]"')
 
 JSON = "Content-Type: application/json\r\n"
@@ -51,6 +53,19 @@ def cancelled(http):
     return lambda: int(re.search(r"upg_jax_cancelled_total (\d+)", http.get("/metrics").text)[1])
 
 
+@pytest.fixture
+def slowly(monkeypatch):
+    """Lets the 120 tokens of `LONG` take at least 0.36 seconds, however fast the machine is."""
+    push = Answer.push
+
+    def later(self, *arguments):
+        time.sleep(0.003)
+        return push(self, *arguments)
+
+    monkeypatch.setattr(Answer, "push", later)
+
+
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_slots_at_once(address, engine, cancelled, idle, stream):
     before = cancelled()
@@ -64,6 +79,7 @@ def test_a_client_that_goes_away_frees_its_slots_at_once(address, engine, cancel
     assert cancelled() == before + 1
 
 
+@pytest.mark.usefixtures("slowly")
 def test_a_client_that_sends_more_and_goes_away_frees_its_slots_at_once(address, engine, cancelled, idle):
     before = cancelled()
     with raw_post(address, {**LONG, "prompt": ["he", "x", "y", "z"]}) as connection:
@@ -172,6 +188,7 @@ def test_a_body_that_is_too_large_is_refused(http, chunked):
     assert "may have 20000 bytes" in response.json()["error"]["message"]
 
 
+@pytest.mark.usefixtures("slowly")
 def test_more_requests_than_may_wait_are_told_to_come_again(http, engine, idle):
     assert idle()
     # Three slots and four places to wait.
@@ -187,11 +204,12 @@ def test_more_requests_than_may_wait_are_told_to_come_again(http, engine, idle):
     assert http.post("/v1/completions", json={**LONG, "n": 6, "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.usefixtures("slowly")
 def test_a_server_of_its_own_has_a_key_a_time_limit_and_origins(engine, idle):
     from upg_jax.serve import Limits, create_app
 
     app = create_app(
-        engine, name="small", limits=Limits(seconds=0.05), api_key="se~cret", cors_origins=["https://page"]
+        engine, name="small", limits=Limits(seconds=0.2), api_key="se~cret", cors_origins=["https://page"]
     )
     with serving(app) as (host, port), httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):

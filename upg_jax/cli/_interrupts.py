@@ -33,12 +33,16 @@ def interruptible() -> Iterator[None]:
         yield
         return
     raised = float("-inf")
+    over = False
+    later: list[threading.Timer] = []
     unraisable = sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal raised
+        if over:
+            return
         if _in_an_extension(frame):
-            _again()
+            soon()
         elif time.monotonic() - raised > _IMPATIENCE_SECONDS:
             raised = time.monotonic()
             raise KeyboardInterrupt
@@ -47,15 +51,25 @@ def interruptible() -> Iterator[None]:
         nonlocal raised
         if issubclass(dropped.exc_type, KeyboardInterrupt):
             raised = float("-inf")
-            _again()
+            soon()
         else:
             unraisable(dropped)
+
+    def soon() -> None:
+        later.append(timer := threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main))
+        timer.daemon = True
+        timer.start()
 
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = hook
     try:
         yield
     finally:
+        # Whoever handles signals afterwards must not get one of this command's.
+        over = True
+        for timer in later:
+            timer.cancel()
+            timer.join()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.unraisablehook = unraisable
 
@@ -67,9 +81,3 @@ def _in_an_extension(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _again() -> None:
-    timer = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
-    timer.daemon = True
-    timer.start()
