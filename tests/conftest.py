@@ -37,22 +37,27 @@ def pytest_configure(config):
     on_cpu = os.environ["JAX_PLATFORMS"] == "cpu"
     if config.option.markexpr == "not slow" and on_cpu and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=0"
-    # jax 0.5.0 forgets which arguments a kept program may overwrite.
-    if on_cpu and hasattr(config, "cache") and jax.__version_info__ >= (0, 10):
-        _share_programs(config)
+    if config.option.keep_programs and on_cpu:
+        _keep_programs(config)
 
 
-def _share_programs(config):
-    """Keeps compiled programs where pytest keeps its cache: for the workers of this run, and for the next run.
+def pytest_addoption(parser):
+    parser.addoption(
+        "--keep-programs",
+        action="store_true",
+        help="keep what XLA compiles in pytest's cache for later runs (the first one takes a little longer)",
+    )
 
-    A program is found by its code, its flags and the version of XLA. `--cache-clear` begins anew, and so does a
-    folder that has grown large. Processes that tests start compile as users' do: one that is killed while it writes
-    would leave half a program, and a warning about it in every later run.
+
+def _keep_programs(config):
+    """A program is found by its code, its flags and the version of XLA; a folder that has grown large is emptied.
+
+    Processes that tests start compile as users' do: one that is killed while it writes would leave half a program, and
+    a warning about it in every later run.
     """
-    try:
-        folder = config.cache.mkdir("programs")
-    except OSError:  # a checkout that cannot be written to
-        return
+    if jax.__version_info__ < (0, 10):
+        raise pytest.UsageError(f"--keep-programs: jax {jax.__version__} forgets which arguments may be donated")
+    folder = config.cache.mkdir("programs")
     if not hasattr(config, "workerinput") and sum(f.stat().st_size for f in folder.iterdir()) > 1 << 29:
         shutil.rmtree(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
