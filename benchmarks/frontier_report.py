@@ -90,6 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     found = models([json.loads(line) for path in options.rows for line in path.read_text().splitlines()])
     dense = next(row for row in found if row["name"] == "dense")
+    options.out.mkdir(parents=True, exist_ok=True)
     plot(found, dense, options.out / "frontier.svg")
     header = (
         *("model", "bits per weight", "smaller than float32", "Wikipedia", "handbook", "geometric mean"),
