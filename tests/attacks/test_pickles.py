@@ -219,6 +219,30 @@ def test_integers_too_large_to_print_or_to_store(refused, protocol, huge):
     refused(pickle.dumps({"tensors": {"a": {"shape": (huge, 1)}}}, protocol=protocol), "fit in 64 bits")
 
 
+_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntVb\ntR"
+_DTYPE = b"cnumpy\ndtype\n(Vi8\ntR"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"c__builtin__\nset\n(I1\ntR.", "a set must be made from a list; got 1"),
+        (
+            b"\x80\x02cscipy.sparse.csr\ncsr_matrix\n)\x81I1\nb.",
+            "a sparse matrix has a state of unknown form",
+        ),
+        (_ARRAY + b"(I1\n(I1\nttb.", "an array has a state of unknown form"),
+        (_ARRAY + b"(I1\n(I0\nt" + _DTYPE + b"I00\n]tb.", "an array's data must be bytes; got list"),
+        (_ARRAY + b"(I1\n(Vx\nt" + _DTYPE + b"I00\nVabcdefgh\ntb.", "non-negative integers"),
+        (_ARRAY + b"(I1\n(I-1\nI-1\nt" + _DTYPE + b"I00\nVabcdefgh\ntb.", "non-negative integers"),
+        (_DTYPE + b")b.", "a dtype has a state of unknown form"),
+        (_DTYPE + b"(I3\nV<\nN(Va\nt}I-1\nI-1\nI0\ntb.", "arrays of records are not allowed"),
+    ],
+)
+def test_what_no_reconstruction_is_given(refused, content, said):
+    refused(content, said)
+
+
 def test_an_array_filled_twice(refused):
     array = pickle.dumps(np.arange(3, dtype=np.int8), protocol=2)
     body = array[:-1]  # without STOP

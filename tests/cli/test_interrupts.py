@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import signal
 import sys
+import threading
 import time
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 
@@ -102,6 +103,23 @@ def test_other_exceptions_that_nobody_can_catch_are_shown_as_usual(monkeypatch):
         Broken()
         gc.collect()
     assert [str(one.exc_value) for one in shown] == ["mine"]
+    Broken()
+    gc.collect()
+    assert len(shown) == 2
+    assert sys.unraisablehook == shown.append
+
+
+def test_commands_run_in_threads_which_get_no_signals():
+    ran = []
+
+    def command():
+        with interruptible():
+            ran.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert ran == [signal.default_int_handler]
 
 
 def test_afterwards_it_ends_the_process_and_who_ignored_it_still_does():

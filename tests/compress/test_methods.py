@@ -8,6 +8,7 @@ import pytest
 
 from upg_jax import EncodingError
 from upg_jax.compress import Encoding, Settings, prune_mask, sparsegpt
+from upg_jax.compress._hessian import factor
 from upg_jax.compress._methods import compress_matrix
 from upg_jax.compress._selection import keep_largest
 from upg_jax.compress._statistics import Inputs, gram, square_sums
@@ -93,6 +94,18 @@ def test_sparsegpt_is_optimal_brain_surgeon_column_by_column(rng, columns, patte
     if quantized:
         np.testing.assert_array_equal(got.weights, got.levels.astype(np.float32) * scales[:, None])
         assert not got.levels[~got.mask].any()
+
+
+def test_a_hessian_that_cannot_be_factored_is_dampened_more_up_to_its_mean():
+    def correlated_by(c):
+        return np.array([[1, c], [c, 1]], np.float32)
+
+    for c, dampening in ((1.05, 0.1), (1.5, 1.0)):
+        upper = np.asarray(factor(jnp.asarray(correlated_by(c))))
+        expected = np.linalg.inv(correlated_by(c) + dampening * np.eye(2))
+        np.testing.assert_allclose(upper.T @ upper, expected, rtol=1e-4)
+    with pytest.raises(EncodingError, match="cannot be factored"):
+        factor(jnp.asarray(correlated_by(3)))
 
 
 def test_sparsegpt_leaves_a_smaller_error_than_wanda_and_wanda_than_magnitude(rng):

@@ -235,6 +235,27 @@ def test_padding_beyond_the_alignment_comes_back_from_a_mask_and_is_refused_for_
         pack(layer, "dense")
 
 
+@pytest.mark.parametrize(
+    "planes",
+    [
+        {"deltas": [3, 254, 1]},
+        {"values": [7, 1, 0], "deltas": [3, 1, 255]},
+        {"primes": [1, 5, 1]},
+    ],
+    ids=["a zero that is no filler", "a filler at the end", "a filler's prime"],
+)
+def test_entries_that_would_not_come_back_are_refused_for_dense_rows(planes, conversions):
+    layer = broken(row_pointers=np.array([0, 3, 3], np.uint32))
+    layer = dataclasses.replace(
+        layer,
+        values=np.array([*planes.get("values", [7, 0, 1]), 0, 0, 0], np.int8),
+        delta_indices=np.array([*planes.get("deltas", [3, 255, 1]), 0, 0, 0], np.uint8),
+        prime_indices=np.array([*planes["primes"], 0, 0, 0], np.uint16) if "primes" in planes else None,
+    )
+    with pytest.raises(FormatError, match="pack: "):
+        pack(layer, "dense")
+
+
 def test_more_weights_than_a_layer_holds_entries_are_refused_for_dense_rows(conversions):
     """Before two billion bytes are made of an empty matrix, with row pointers that wrap around."""
     shape = (1 << 16, 1 << 16)

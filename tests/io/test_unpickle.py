@@ -140,6 +140,13 @@ def test_a_pickle_of_numpy_1_and_python_2_is_read(tmp_path):
     np.testing.assert_array_equal(read(tmp_path, python2).array, array)
 
 
+@pytest.mark.parametrize(("order", "number"), [("<", 513), (">", 258)])
+def test_a_dtype_may_be_named_with_its_byte_order(tmp_path, order, number):
+    dtype = f"cnumpy\ndtype\n(V{order}i2\ntR".encode()
+    content = b"\x80\x03cnumpy.core.numeric\n_frombuffer\n(C\x02\x01\x02" + dtype + b"(I1\ntVC\ntR."
+    assert read(tmp_path, content).array.tolist() == [number]
+
+
 def test_arrays_of_ascii_bytes_fit_the_budget(tmp_path):
     array = np.zeros(100_000, np.uint8)
     np.testing.assert_array_equal(read(tmp_path, pickle.dumps(array, protocol=2)).array, array)

@@ -16,7 +16,8 @@ CASES = [
     # batch, heads, kv_heads, dim, length, capacity, tokens before
     (1, 9, 3, 64, 256, 256, [130]),
     (3, 4, 2, 16, 40, 40, [0, 39, 7]),
-    (2, 2, 1, 80, 24, 100, [90, 3]),  # a ring that has gone round, and one that has not
+    # Rings: one that has gone round, one whose first slot has just been taken again, and one that has not.
+    (3, 2, 1, 80, 24, 100, [90, 24, 3]),
     (1, 4, 4, 7, 300, 300, [299]),
     (1, 2, 2, 512, 70, 70, [69]),
 ]
@@ -93,6 +94,18 @@ def test_one_position_attends_like_the_definition(case, dtype, scores):
         assert np.all(np.abs(out[b, 0] - expected) <= bound + rounding)
 
 
+def test_scores_far_below_the_largest_weigh_nothing():
+    """Their exponentials are below what float32 holds."""
+    (q, k, v), buffers, past, counts, capacity = inputs(CASES[0], jnp.float32)
+    scores = Scores(scale=40.0)
+    with use_backend("native"):
+        out, (keys, values) = compiled((q, k, v), buffers, past, counts, capacity, scores)
+    held = np.arange(past[0] + 1)
+    q, keys, values = (np.asarray(array) for array in (q, keys, values))
+    expected = softmax_oracle(q[0, 0], keys[1, 0][:, held], values[1, 0][:, held], held[-1], held, scores)
+    np.testing.assert_allclose(out[0, 0], expected, rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("name", _native.load().usable_kernels if _native.load() else [])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_instruction_set_computes_the_same(case, name):
@@ -158,6 +171,7 @@ def test_hostile_positions_lengths_and_layers_stay_inside_the_cache():
                 past = jnp.asarray(past, jnp.int32)
                 out, _ = hostile(new, buffers, past, counts, capacity, Scores(scale=1.0), index)
                 assert out.shape == (3, 1, 64)
+                assert np.isfinite(out).all()
 
 
 def test_a_key_that_is_no_number_shows_in_the_result():

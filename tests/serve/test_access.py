@@ -94,8 +94,19 @@ def test_the_scheme_of_a_key_is_written_in_any_way(engine, scheme):
     with serving(app_of(engine, api_key="Key")) as (host, port):
         url = f"http://{host}:{port}/v1/models"
         assert httpx.get(url, headers={"Authorization": scheme + "Key"}).status_code == 200
-        for wrong in (scheme + "key", "Basic Key", "Key", scheme.strip()):
+        for wrong in (scheme + "key", scheme + "Keys", "Basic Key", "Key", scheme.strip()):
             assert httpx.get(url, headers={"Authorization": wrong}).status_code == 401
+
+
+def test_every_path_of_the_interface_asks_for_the_key(engine):
+    with serving(app_of(engine, api_key="Key")) as (host, port):
+        for method, path in (
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/v1/models/small"),
+        ):
+            assert httpx.request(method, f"http://{host}:{port}{path}").status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,24 @@ def test_fields_that_change_nothing_are_accepted(http):
     assert http.post("/v1/chat/completions", json={**CHAT, "messages": parts}).status_code == 200
 
 
+def test_values_at_their_limits_are_accepted(http):
+    biases = {f"{i % 300:0{3 + i // 300}}": 100 * (-1) ** i for i in range(1024)}
+    stops = [chr(ord("a") + i) * 128 for i in range(16)]
+    body = {**CHAT, "logit_bias": biases, "stop": stops, "n": 6, "top_k": 0}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_prompt_and_its_answer_may_fill_the_context_and_no_more(http):
+    body = {**COMPLETION, "prompt": [[70], [70] * 126], "ignore_eos": True}
+    response = http.post("/v1/completions", json=body)
+    assert [choice["finish_reason"] for choice in response.json()["choices"]] == ["length"] * 2
+    response = http.post("/v1/completions", json={**body, "max_tokens": 3})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    chat = {key: CHAT[key] for key in ("model", "messages")}
+    response = http.post("/v1/chat/completions", json={**chat, "ignore_eos": True})
+    assert response.json()["usage"]["total_tokens"] == 128
+
+
 def test_unknown_paths_and_methods_have_errors_of_the_same_shape(http):
     for method, path, status in [
         ("GET", "/nowhere", 404),

@@ -215,6 +215,70 @@ def test_what_a_client_does_not_read_is_kept_no_longer_than_a_request_may_take(e
     assert idle()
 
 
+def test_no_request_asks_for_more_answers_than_the_engine_has_places_for(engine):
+    from upg_jax.serve import Limits, create_app
+
+    places = engine.slots + engine.max_waiting
+    with serving(create_app(engine, name="small", limits=Limits(choices=100))) as (host, port):
+        for n, status in ((places, 200), (places + 1, 400)):
+            response = httpx.post(f"http://{host}:{port}{CHAT}", json={**SHORT, "n": n}, timeout=60)
+            assert response.status_code == status
+
+
+def test_what_a_client_sends_before_it_has_its_answer_is_not_all_read():
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from upg_jax.serve import bind
+
+    asked, done = threading.Event(), threading.Event()
+
+    async def answer_late(request):
+        asked.set()
+        while not done.is_set():
+            await asyncio.sleep(0.01)
+        return Response()
+
+    listener = bind("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    app = Starlette(routes=[Route("/", answer_late)])
+    with serving(app, listener) as at, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.connect(at)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert asked.wait(20)
+        connection.settimeout(2)
+        try:
+            with pytest.raises(TimeoutError):
+                connection.sendall(bytes(1 << 19))
+        finally:
+            done.set()
+
+
+def test_a_stream_has_a_moment_to_say_that_its_time_is_up():
+    from upg_jax.serve._connection import EventStream
+
+    sent = []
+
+    async def events():
+        for _ in range(10):
+            await asyncio.sleep(0)
+        yield "too late"
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def run():
+        await EventStream(events(), lambda: None, asyncio.get_running_loop().time())({}, receive, send)
+
+    asyncio.run(run())
+    assert [message.get("body") for message in sent] == [None, b"data: too late\n\n", b""]
+
+
 def test_settings_are_checked_once_and_not_where_others_wait(http, engine, monkeypatch):
     from upg_jax.inference import GenerationSettings
 

@@ -252,11 +252,12 @@ def test_a_file_takes_whole_layers_alone(mesh, tmp_path):
 
 
 def test_a_sharded_layer_is_a_pytree_that_says_what_it_is(mesh):
-    sharded = shard(stack([Case("random", (8, 12)).layer]), mesh, "model", "in")
+    layers = stack([Case("random", (8, 12), seed=seed).layer for seed in range(2)])
+    sharded = shard(layers, mesh, "model", "in")
     assert repr(sharded) == (
-        "ShardedMdCSR(1 x [8x12], in over 'model' in 4 blocks of 8x3, unit manifold, index delta8)"
+        "ShardedMdCSR(2 x [8x12], in over 'model' in 4 blocks of 8x3, unit manifold, index delta8)"
     )
     doubled = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + jnp.zeros_like(leaf), s))(sharded)
     assert doubled.cut == sharded.cut
-    assert (sharded.stack_size, sharded.num_weights, sharded.out_features) == (1, 96, 8)
-    np.testing.assert_array_equal(sharded.to_dense(), stack([Case("random", (8, 12)).layer]).to_dense())
+    assert (sharded.stack_size, sharded.num_weights, sharded.out_features) == (2, 192, 8)
+    np.testing.assert_array_equal(sharded.to_dense(), layers.to_dense())
