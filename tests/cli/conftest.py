@@ -26,7 +26,8 @@ def upg_jax(tmp_path, monkeypatch, usual_interrupts):
     So it starts no Python and compiles nothing twice.
     """
     pytest.importorskip("typer", reason='pip install "upg-jax[demo]"')
-    from upg_jax.cli import _output, main
+    from upg_jax.cli import _output
+    from upg_jax.cli import run as command_line
 
     def run(*arguments, said="", **environment):
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
@@ -40,7 +41,7 @@ def upg_jax(tmp_path, monkeypatch, usual_interrupts):
             for name, value in environment.items():
                 patch.setenv(name, value)
             with pytest.raises(SystemExit) as end:
-                main()
+                command_line()
         shown = (stream.buffer.getvalue().decode() for stream in (out, err))
         return subprocess.CompletedProcess(arguments, end.value.code, *shown)
 

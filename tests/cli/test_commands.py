@@ -167,6 +167,10 @@ def test_convert_turns_an_old_file_into_a_new_one(upg_jax, tmp_path):
     expected = np.zeros((2, 9), np.float32)
     expected[[0, 0, 1], [1, 8, 4]] = [1.5, -2.5, 31.75]
     np.testing.assert_array_equal(dense, expected)
+    again = upg_jax("convert", "old.upg", "new.safetensors")
+    assert again.returncode == 1
+    assert "--force" in again.stderr
+    assert upg_jax("convert", "old.upg", "new.safetensors", "--force").returncode == 0
 
 
 def test_doctor_says_which_lowering_and_why(upg_jax):

@@ -155,4 +155,90 @@ def test_ctrl_c_while_modules_are_imported_is_no_traceback():
     )
     result = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, check=False)
     assert result.returncode == 130
-    assert result.stderr == ""
+    assert result.stderr == "interrupted\n"
+
+
+def test_an_interrupted_command_says_so_in_one_line(upg_jax, weird, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upg_jax.io.UPGDecompressor.from_safetensors", interrupted)
+    result = upg_jax("verify", weird)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="consoles of Windows have no SIGINT to send")
+def test_ctrl_c_while_xla_compiles_does_not_crash():
+    compiling = (
+        "import os, signal, sys, threading, time\n"
+        "import jax, jax.numpy as jnp\n"
+        "from upg_jax.cli import main\n"
+        "from upg_jax.cli._app import app\n"
+        "def long(x):\n"
+        "    for i in range(400):\n"
+        "        x = jnp.sin(x) @ x + i\n"
+        "    return x\n"
+        "@app.command('compile')\n"
+        "def compile():\n"
+        "    lowered = jax.jit(long).lower(jnp.ones((8, 8)))\n"
+        "    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    lowered.compile()\n"
+        "    time.sleep(60)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('said before', end='')\n"
+        "sys.argv = ['upg-jax', 'compile']\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", compiling], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "said before", "interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
+def test_closed_streams_are_as_empty_ones(weird):
+    closed = (
+        "import sys\n"
+        "from upg_jax.cli import run\n"
+        "try:\n"
+        "    run()\n"
+        "except SystemExit as end:\n"
+        "    assert sys.stdin.read() == ''\n"
+        "    sys.exit(end.code)\n"
+    )
+    command = [sys.executable, "-c", closed, "inspect", str(weird)]
+    for streams in ("<&- >&-", "<&- >&- 2>&-"):
+        shell = ["sh", "-c", f'exec "$@" {streams}', "sh", *command]
+        result = subprocess.run(shell, stderr=subprocess.PIPE, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there a directory goes while a process is in it")
+def test_a_current_directory_that_was_removed_is_named_as_the_cause(gguf_model, tmp_path):
+    (tmp_path / "removed").mkdir()
+    script = 'cd removed && rmdir ../removed && exec "$@"'
+    command = [sys.executable, "-c", "from upg_jax.cli import main; main()", "compress", gguf_model, "out"]
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", *command, "--density", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "the current directory has been removed" in result.stderr
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_a_table_is_printed_in_whole_words_on_terminals_of_any_width(capsys, monkeypatch, columns):
+    from rich.table import Table
+
+    from upg_jax.cli import _output
+
+    monkeypatch.setattr(_output.stdout, "width", columns)
+    table = Table("tensor", "bits per weight")
+    table.add_row("model.layers.0.mlp.down_proj.weight", "16.58")
+    _output.print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("tensor" in line and "bits per weight" in line for line in lines)
+    assert any("model.layers.0.mlp.down_proj.weight" in line and "16.58" in line for line in lines)
+    assert max(map(len, lines)) < 70
+    assert _output.stdout.width == columns

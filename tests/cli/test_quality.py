@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +81,29 @@ def test_report_is_one_page_with_every_model(upg_jax, gguf_model, models, text, 
     assert not re.search(r'(src|href)="(?!data:)', page)
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert [base64.b64decode(image)[:4] for image in images] == [b"\x89PNG"] * 2
+
+
+def test_report_says_before_it_measures_that_it_could_not_write_its_page(upg_jax, models, monkeypatch):
+    monkeypatch.setattr("upg_jax.inference.UPGModel.from_file", lambda *args, **more: pytest.fail("measured"))
+    result = upg_jax("report", models, "--out", "nowhere/r.html")
+    assert result.returncode == 1
+    assert "nowhere/r.html" in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = upg_jax("report", models, "--out", "r.html")
+    assert result.returncode == 1
+    assert "upg-jax[report]" in result.stderr
+
+
+def test_an_interrupted_report_leaves_the_page_as_it_was(upg_jax, models, tmp_path, monkeypatch):
+    def interrupted(path, *ignored):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "r.html").write_text("before")
+    monkeypatch.setattr("upg_jax.cli._report.write_page", interrupted)
+    monkeypatch.setattr("upg_jax.cli._report._measure", lambda *ignored: {})
+    assert upg_jax("report", models, "--out", "r.html").returncode == 130
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("r.html", "before")]
 
 
 def test_the_frontier_has_the_points_that_none_beats():

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import scipy.sparse
 from helpers.v1 import entry, with_deltas
 
-from upg_jax import FormatError, save
+from upg_jax import FormatError, UPGDecompressor, save
 from upg_jax.io import convert_v1
+
+
+def v1_file(directory):
+    path = directory / "model.upg"
+    path.write_bytes(pickle.dumps({"tensors": {"a": np.ones(3, np.float32)}}))
+    return path
 
 
 @pytest.fixture
@@ -184,7 +191,7 @@ def test_a_mistake_of_the_encoder_is_caught_before_the_file_has_its_name(tmp_pat
                 continue
             monkeypatch.setattr(_v1_matrix, "encode_entries", lambda *a, m=mistake, **k: m(encode(*a, **k)))
             with pytest.raises(FormatError, match="tensor 'w': verification: row"):
-                convert_v1(tmp_path / "model.upg", tmp_path / "model.safetensors")
+                convert_v1(tmp_path / "model.upg", tmp_path / "model.safetensors", force=True)
             assert (tmp_path / "model.safetensors").read_text() == "precious"
             assert len(list(tmp_path.iterdir())) == 2
 
@@ -200,6 +207,41 @@ def test_an_interrupt_leaves_nothing(tmp_path, stage):
     with pytest.raises(KeyboardInterrupt):
         convert_v1(tmp_path / "model.upg", tmp_path / "model.safetensors", progress=interrupt)
     assert [file.name for file in tmp_path.iterdir()] == ["model.upg"]
+
+
+def test_an_interrupt_while_temporary_files_are_removed_leaves_none(tmp_path, monkeypatch):
+    src = v1_file(tmp_path)
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(directory, **options):
+        calls.append(directory)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(directory, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_v1(src, tmp_path / "model.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.upg"]
+
+
+def test_an_existing_file_is_replaced_only_with_force(tmp_path):
+    src, dst = v1_file(tmp_path), tmp_path / "model.safetensors"
+    dst.write_text("precious")
+    with pytest.raises(FormatError, match=r"model\.safetensors exists already; .* --force \(force=True\)"):
+        convert_v1(src, dst)
+    assert dst.read_text() == "precious"
+    convert_v1(src, dst, force=True)
+    with UPGDecompressor.from_safetensors(dst) as f:
+        assert f.names() == ["a"]
+
+
+def test_a_file_that_appears_during_the_conversion_is_not_replaced(tmp_path):
+    src, dst = v1_file(tmp_path), tmp_path / "model.safetensors"
+    with pytest.raises(FormatError, match="exists already"):
+        convert_v1(src, dst, progress=lambda *ignored: dst.write_text("another run's"))
+    assert dst.read_text() == "another run's"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "model.upg"]
 
 
 def test_a_sharded_model_in_the_way_is_named_before_any_work(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from upg_jax._version import __version__
 from upg_jax.cli import (
@@ -22,7 +23,22 @@ from upg_jax.cli import (
     _serve,
 )
 
+
+class _Commands(TyperGroup):
+    """Says that a command was interrupted, in the command's words if it raised the interrupt anew with some."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as e:
+            from upg_jax.cli._output import stderr
+
+            stderr.print(str(e) or "interrupted")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Compressed linear layers for JAX: compress, inspect and run language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

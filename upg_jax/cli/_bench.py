@@ -139,7 +139,7 @@ def _calls(f: Callable[..., jax.Array], x: jax.Array, weights: MdCSR | jax.Array
 def _print(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from upg_jax.cli._output import stdout
+    from upg_jax.cli._output import print_table, stdout
 
     size = rows[0]["size"]
     table = Table(title=f"{size} x {size}, float32 activations", title_justify="left")
@@ -157,7 +157,7 @@ def _print(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             f"{row['bandwidth_share']:.0%}",
             row["index"],
         )
-    stdout.print(table)
+    print_table(table)
     stdout.print(
         f"{machine['processor']}, {machine['threads']} threads, jax {machine['jax']}; sparse_dense runs "
         f"{machine['backend']}: {machine['because']}. Memory is read at "

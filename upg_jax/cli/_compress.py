@@ -151,8 +151,7 @@ def compress(
         try:
             settings = _allocated(checkpoint, settings, tokens)
         except KeyboardInterrupt:
-            stderr.print("interrupted while measuring; the same command measures again")
-            raise typer.Exit(130) from None
+            raise KeyboardInterrupt("interrupted while measuring; the same command measures again") from None
     planned = plan(checkpoint, settings)
     for warning in planned.warnings:
         stderr.print(Text.assemble(("warning: ", "yellow"), warning))
@@ -180,8 +179,7 @@ def compress(
             )
     except KeyboardInterrupt:
         again = "the same command without --restart" if restart else "the same command"
-        stderr.print(f"interrupted; {again} continues where this run stopped")
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(f"interrupted; {again} continues where this run stopped") from None
     if report.resumed:
         stderr.print(f"{report.resumed} tensors had been encoded by an earlier run")
     if json:
@@ -193,14 +191,13 @@ def compress(
 def _calibration(
     checkpoint: Checkpoint, path: Path | None, column: str, windows: int, window: int, seed: int
 ) -> Calibration:
-    import tempfile
-
     from upg_jax.compress import Calibration, default_texts, read_texts
     from upg_jax.inference import Tokenizer
+    from upg_jax.io._atomic import temporary_directory
 
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint.write_tokenizer(Path(directory))
-        tokenizer = Tokenizer.from_directory(Path(directory))
+    with temporary_directory("upg-jax-compress-") as directory:
+        checkpoint.write_tokenizer(directory)
+        tokenizer = Tokenizer.from_directory(directory)
     return Calibration.from_texts(
         default_texts() if path is None else read_texts(path, column),
         tokenizer.encode,
@@ -224,7 +221,7 @@ def _allocated(checkpoint: Checkpoint, settings: Settings, calibration: Calibrat
 def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
     from rich.table import Table
 
-    from upg_jax.cli._output import human_bytes, printable, stdout
+    from upg_jax.cli._output import human_bytes, print_table, printable, stdout
 
     table = Table()
     table.add_column("tensor", overflow="fold")
@@ -239,7 +236,7 @@ def _print_sizes(result: Plan | Report, file_bytes: int, verb: str) -> None:
             f"{t.bits_per_weight:.2f}",
             f"{t.nbytes:,}",
         )
-    stdout.print(table)
+    print_table(table)
     tokens = [t for t in result.compressed if t.encoding and t.encoding.tokens]
     rows = f", {' and '.join(printable(t.name) for t in tokens)} as int8 rows" if tokens else ""
     stdout.print(

@@ -20,6 +20,7 @@ def convert(
     manifold: Annotated[
         str, typer.Option(help="What sparse float matrices are encoded to: unit or prime.")
     ] = "unit",
+    force: Annotated[bool, typer.Option("--force", help="Replace NEW.safetensors if it exists.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Converts a version 1 file, without running the pickle's code, and verifies the result."""
@@ -36,6 +37,7 @@ def convert(
             source=None if source is None else open_checkpoint(source),
             manifold=manifold,  # type: ignore[arg-type]
             progress=lambda what, done, total: update(f"{what} ({done} of {total})"),
+            force=force,
         )
     if json:
         print_json(dataclasses.asdict(report))

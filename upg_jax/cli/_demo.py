@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,17 +87,18 @@ def measure(source: Path, grid: list[tuple[Manifold, float]], output: Path | Non
     from upg_jax.cli._output import bytes_progress, status
     from upg_jax.compress import Settings, compress_checkpoint
     from upg_jax.inference import UPGModel
+    from upg_jax.io._atomic import temporary_directory
 
     start = time.monotonic()
     with status("dense: loading and measuring"):
         dense = UPGModel.from_file(source)
         yield _row("dense", dense, source.stat().st_size, stored_bits_per_weight(source), start)
     del dense
-    with tempfile.TemporaryDirectory(prefix="upg-jax-demo-") as temporary:
+    with temporary_directory("upg-jax-demo-") as temporary:
         for manifold, density in grid:
             name = f"{manifold} {density}"
             start = time.monotonic()
-            destination = (output or Path(temporary)) / name.replace(" ", "-")
+            destination = (output or temporary) / name.replace(" ", "-")
             destination.parent.mkdir(parents=True, exist_ok=True)
             with bytes_progress(f"{name}:") as update:
                 report = compress_checkpoint(
@@ -152,7 +152,7 @@ def _answer(model: UPGModel, prompt: list[int]) -> tuple[list[int], float]:
 def _print_table(rows: list[Row], seconds: float) -> None:
     from rich.table import Table
 
-    from upg_jax.cli._output import human_bytes, stdout
+    from upg_jax.cli._output import human_bytes, print_table, stdout
 
     table = Table("model", title="SmolLM2-135M-Instruct", title_justify="left")
     for header in ("file", "bits per weight", "perplexity", "tokens/s"):
@@ -165,7 +165,7 @@ def _print_table(rows: list[Row], seconds: float) -> None:
             f"{row.perplexity:.2f}",
             f"{row.tokens_per_second:.1f}",
         )
-    stdout.print(table)
+    print_table(table)
     answers = Table(
         show_header=False, box=None, title=f'"{PROMPT}" (at most {_NEW_TOKENS} tokens)', title_justify="left"
     )

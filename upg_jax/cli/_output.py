@@ -22,12 +22,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.segment import Segment, Segments
+from rich.table import Table
 from rich.text import Text
 
 # Results go to stdout and everything said on the way to stderr, so that output can be piped. Neither interprets
 # what it prints: names and answers come from files. A pipe has no width; 80 columns would cut names short.
 _WIDTH = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 200
 stdout = Console(markup=False, emoji=False, highlight=False, width=_WIDTH)
+_WIDEST = 1000
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -42,6 +44,20 @@ def say(text: str) -> None:
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
     # Text would have its tabs made spaces.
     stdout.print(Segments([Segment(text)]), end="", soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table whole: where it is wider than the terminal its lines wrap, instead of words cut into columns."""
+    whole = stdout.measure(table, options=stdout.options.update(max_width=_WIDEST)).maximum
+    if whole <= stdout.width:
+        stdout.print(table)
+        return
+    table.box, table.pad_edge = None, False  # what wraps has no frame
+    narrow, stdout.width = stdout.width, _WIDEST
+    try:
+        stdout.print(table)
+    finally:
+        stdout.width = narrow
 
 
 @contextlib.contextmanager

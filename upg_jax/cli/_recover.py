@@ -52,7 +52,7 @@ def recover(
     import dataclasses
     import itertools
 
-    from upg_jax.cli._output import print_json, stderr, stdout
+    from upg_jax.cli._output import print_json, stdout
     from upg_jax.compress import read_texts
     from upg_jax.train import RecoverySettings
     from upg_jax.train import recover as train
@@ -74,8 +74,7 @@ def recover(
         done = train(model, dense, texts, out, settings, progress=_Lines(), restart=restart, force=force)
     except KeyboardInterrupt:
         again = "the same command without --restart" if restart else "the same command"
-        stderr.print(f"interrupted; {again} continues from the last checkpoint")
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(f"interrupted; {again} continues from the last checkpoint") from None
     if json:
         last = None if done.last is None else dataclasses.asdict(done.last)
         print_json(dataclasses.asdict(done) | {"path": str(done.path), "last": last})

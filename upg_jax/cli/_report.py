@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upg_jax.cli._report_page import write_page
+from upg_jax.cli._report_page import figure_class, write_page
 
 if TYPE_CHECKING:
     from upg_jax.inference import UPGModel
@@ -44,6 +44,7 @@ def report(
     from upg_jax.cli._evaluate import read_text
     from upg_jax.cli._output import print_json, status, stdout
     from upg_jax.inference import UPGModel
+    from upg_jax.io._atomic import replacing
 
     found = sorted(path for path in directory.iterdir() if any(path.glob("*.safetensors")))
     if not found:
@@ -52,24 +53,21 @@ def report(
         )
     texts = {file.name: read_text(file) for file in text or []} or {"Jargon File (excerpt)": demo_text()}
     settings = {"window": window, "max_tokens": max_tokens, "texts": list(texts)}
-    original = None if dense is None else UPGModel.from_file(dense)
-    rows = []
-    if dense is not None and original is not None:
-        with status(f"measuring {dense}"):
-            rows.append(
-                {
-                    "name": dense.name,
-                    "dense": True,
-                    **_measure(original, None, texts, window, max_tokens, speed),
-                }
-            )
-    for path in found:
-        with status(f"measuring {path}"):
-            model = UPGModel.from_file(path)
-            row = _measure(model, original, texts, window, max_tokens, speed)
-            rows.append({"name": path.name, "dense": False, **size_of(path), **row})
+    figure_class()  # what is missing, and a page that cannot be written, are told before the measuring
     page = out or directory / "report.html"
-    write_page(page, rows, settings)
+    rows = []
+    with replacing(page) as temporary:
+        original = None if dense is None else UPGModel.from_file(dense)
+        if dense is not None and original is not None:
+            with status(f"measuring {dense}"):
+                row = _measure(original, None, texts, window, max_tokens, speed)
+                rows.append({"name": dense.name, "dense": True, **row})
+        for path in found:
+            with status(f"measuring {path}"):
+                model = UPGModel.from_file(path)
+                row = _measure(model, original, texts, window, max_tokens, speed)
+                rows.append({"name": path.name, "dense": False, **size_of(path), **row})
+        write_page(temporary, rows, settings)
     if json:
         print_json({"settings": settings, "models": rows})
     else:

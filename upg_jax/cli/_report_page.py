@@ -6,10 +6,13 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upg_jax._errors import MissingDependencyError
 from upg_jax._version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -77,16 +80,21 @@ def _figure(value: float | None, form: str, factor: float = 1) -> str:
     return "" if value is None else form.format(value * factor)
 
 
+def figure_class() -> type[Figure]:
+    """Matplotlib's; without matplotlib, the error says how to install it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise MissingDependencyError('report: plots need matplotlib; pip install "upg-jax[report]"') from e
+    return Figure
+
+
 def _plot(rows: list[dict[str, Any]], x: str, label: str, y: str) -> str | None:
     """A PNG in base64: every model a point, the dense one a line, and the frontier; None without points."""
     points = [row for row in rows if not row["dense"] and row.get(x) is not None]
     if not points:
         return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingDependencyError('report: plots need matplotlib; pip install "upg-jax[report]"') from e
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=110)
+    figure = figure_class()(figsize=(8, 5), layout="constrained", dpi=110)
     axes = figure.subplots()
     for recovered, marker, name in ((False, "o", "one-shot"), (True, "D", "recovered")):
         chosen = [row for row in points if bool(row.get("recovered")) == recovered]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from upg_jax._errors import CheckpointError
 from upg_jax._mdcsr import MdCSR
 from upg_jax.inference._tokenizer import Tokenizer
 from upg_jax.io import Checkpoint, UPGDecompressor, open_checkpoint
+from upg_jax.io._atomic import temporary_directory
 from upg_jax.io._header import read_header
 from upg_jax.io._metadata import FORMAT
 from upg_jax.io._open import open_regular
@@ -82,9 +82,9 @@ def _open_source(checkpoint: Checkpoint) -> OpenModel:
     source = _CheckpointSource(checkpoint)
     if checkpoint.path.is_dir():
         return OpenModel(checkpoint.config, source, *_beside(checkpoint.path))
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint.write_tokenizer(Path(directory))
-        return OpenModel(checkpoint.config, source, *_beside(Path(directory)))
+    with temporary_directory("upg-jax-tokenizer-") as directory:
+        checkpoint.write_tokenizer(directory)
+        return OpenModel(checkpoint.config, source, *_beside(directory))
 
 
 def _beside(directory: Path) -> tuple[Tokenizer | None, dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +43,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     if os.name == "posix":
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_directory(prefix: str, parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Yields a new directory that is removed in the end, also by a Ctrl-C in the midst of making or removing it.
+
+    `tempfile.TemporaryDirectory` leaves it, or half of it, then.
+
+    Args:
+        prefix: of its name.
+        parent: where it is made; the system's directory for temporary files if None.
+    """
+    directory = Path(tempfile.gettempdir() if parent is None else parent, prefix + secrets.token_hex(8))
+    try:
+        directory.mkdir(mode=0o700)
+        yield directory
+        shutil.rmtree(directory)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from upg_jax._errors import FormatError
 from upg_jax._mdcsr import MANIFOLDS, Manifold
 from upg_jax._version import __version__
-from upg_jax.io._atomic import replacing
+from upg_jax.io._atomic import replacing, temporary_directory
 from upg_jax.io._layout import describe as describe_layout
 from upg_jax.io._layout import place
 from upg_jax.io._metadata import to_strings
@@ -54,6 +53,7 @@ def convert_v1(
     source: Source | None = None,
     manifold: Manifold = "unit",
     progress: Progress | None = None,
+    force: bool = False,
 ) -> ConversionReport:
     """Converts a version 1 file to version 2, atomically, and verifies the result against the input.
 
@@ -70,13 +70,14 @@ def convert_v1(
         source: the original checkpoint, for a catalogue.
         manifold: what sparse float matrices are encoded to.
         progress: called with what happens, the tensors that are done, and how many there are.
+        force: replace the file that `dst` already is.
 
     Returns:
         Counts and sizes.
 
     Raises:
         FormatError: naming file, tensor, row and rule, for a file that is not what it should be; also for a
-            catalogue without `source`, saying how to go on. `dst` is untouched.
+            catalogue without `source`, saying how to go on, and for a `dst` that is in the way. `dst` is untouched.
     """
     src, dst = Path(src), Path(dst)
     if manifold not in MANIFOLDS:
@@ -84,6 +85,7 @@ def convert_v1(
     if dst.exists() and os.path.samefile(src, dst):
         raise FormatError(f"convert: {dst} must not replace the file it is made from; choose another name")
     check_destination(dst, sharded=False)
+    _check_new(dst, force)
     report = progress or (lambda message, done, total: None)
     size = src.stat().st_size
     report(f"reading {src.name} whole: needs {size:,} bytes of memory", 0, 0)
@@ -98,9 +100,9 @@ def convert_v1(
     names = job.names()
     with (
         replacing(dst) as temporary,
-        tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as staging,
+        temporary_directory(f".{dst.name}.", dst.parent) as staging,
     ):
-        staged = StagedTensors(Path(staging))
+        staged = StagedTensors(staging)
         for done, name in enumerate(names):
             report(f"converting {name}", done, len(names))
             staged.add(name, job.convert(name))
@@ -114,8 +116,16 @@ def convert_v1(
                 report(f"verifying {name}", done, len(names))
                 job.verify(name, written)
             written.verify()
+        _check_new(dst, force)  # again, since another run may have made it meanwhile
     report("done", len(names), len(names))
     return ConversionReport(job.kind, len(facts), len(names) - len(facts), size, dst.stat().st_size)
+
+
+def _check_new(dst: Path, force: bool) -> None:
+    if dst.exists() and not force:
+        raise FormatError(
+            f"convert: {dst} exists already; choose another name, or replace it with --force (force=True)"
+        )
 
 
 def _job(src: Path, content: Any, source: Source | None, manifold: Manifold) -> Job:
