@@ -56,7 +56,9 @@ def _keep_programs(config):
     a warning about it in every later run.
     """
     if jax.__version_info__ < (0, 10):
-        raise pytest.UsageError(f"--keep-programs: jax {jax.__version__} forgets which arguments may be donated")
+        raise pytest.UsageError(
+            f"--keep-programs: jax {jax.__version__} forgets which arguments may be donated"
+        )
     folder = config.cache.mkdir("programs")
     if not hasattr(config, "workerinput") and sum(f.stat().st_size for f in folder.iterdir()) > 1 << 29:
         shutil.rmtree(folder)

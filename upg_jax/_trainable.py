@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from upg_jax import _pattern
 from upg_jax._encode import checked_group_size
@@ -19,7 +20,7 @@ from upg_jax._mdcsr import Array, Manifold, MdCSR, stack
 from upg_jax._primes import prime_table
 from upg_jax._quantize import nearest_levels, quantize_entries, scales_of
 from upg_jax._quantize_groups import quantize_again
-from upg_jax._values import groups_of
+from upg_jax._values import groups_of, largest_q
 
 _TILE_WEIGHTS = 1 << 20
 _PRECISIONS = ("float32", "bfloat16")
@@ -176,6 +177,42 @@ class TrainableMdCSR:
         if bias is not None:
             y = y + bias.astype(jnp.float32).reshape(*[1] * (y.ndim - 1), -1)
         return y.astype(x.dtype)
+
+    def rounded(self) -> TrainableMdCSR:
+        """The layer with the weights that its scales and multipliers can hold, nearest to what they are.
+
+        Training through it finds weights that lose nothing when they are encoded: `to_mdcsr` of what this returns keeps
+        every weight. The gradient passes as if nothing were rounded (Bengio et al., "Estimating or Propagating
+        Gradients Through Stochastic Neurons for Conditional Computation", 2013), and is 0 where a weight is clipped.
+
+        Raises:
+            ValueError: on the prime manifold, or for a stack, whose layers `jax.vmap` and `jax.lax.scan` go over.
+        """
+        if self.manifold != "unit" or self.weights.ndim != 2:
+            raise ValueError(
+                "TrainableMdCSR.rounded: needs a layer on the unit manifold and no stack; got the "
+                f"{self.manifold} manifold and weights {self.weights.shape}"
+            )
+        if self.weights.size == 0:
+            return self
+        rows, columns = self.shape
+        tiles = self.weights.shape[0]
+        row, column = jnp.divmod(jnp.asarray(self.positions), columns)
+        row = row + jnp.arange(tiles, dtype=row.dtype)[:, None] * _pattern.tile_rows(rows, tiles)
+        row = jnp.minimum(row, rows - 1)  # padding
+        scales = lax.bitcast_convert_type(jnp.asarray(self.scale_bits), jnp.float32)[row]
+        multipliers = jnp.ones_like(scales)
+        if self.group_size is not None:
+            of_rows = jnp.asarray(self.group_scales).reshape(rows, -1)
+            multipliers = of_rows[row, column // self.group_size].astype(jnp.float32)
+        steps = scales * multipliers
+        divisors = jnp.where(steps > 0, steps, 1)
+        limits = divisors * largest_q(self.value_bits)
+        inside = jnp.clip(jnp.asarray(self.weights).astype(jnp.float32), -limits, limits)
+        # Scales come last, as a decoder has it.
+        held = jnp.where(steps > 0, jnp.rint(inside / divisors) * multipliers * scales, 0)
+        through = lax.stop_gradient(held) + (inside - lax.stop_gradient(inside))
+        return dataclasses.replace(self, weights=through.astype(self.weights.dtype))
 
     def to_dense(self) -> jax.Array:
         """The dense `(out_features, in_features)` matrix of one layer, in the weights' dtype; differentiable."""

@@ -260,6 +260,68 @@ def test_trained_weights_are_encoded_as_from_dense_would(manifold, index, rng):
     assert_same_bits(trained.to_mdcsr(manifold=manifold, index=index), expected)
 
 
+NARROW = [
+    Case("random", (33, 67), index=index, value_bits=bits, row_alignment=8)
+    for index, bits in [("mask", 4), ("dense", 3), ("delta8", 8)]
+]
+
+
+def steps_of(layer: TrainableMdCSR) -> np.ndarray:
+    """Scale times multiplier at every position of the matrix, in NumPy."""
+    scales = np.asarray(layer.scale_bits).view(np.float32).astype(np.float64)[:, None]
+    if layer.group_size is None:
+        return np.broadcast_to(scales, layer.shape)
+    multipliers = np.asarray(layer.group_scales).reshape(layer.shape[0], -1).astype(np.float64)
+    return (scales * multipliers).repeat(layer.group_size, axis=1)[:, : layer.shape[1]]
+
+
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_rounded_weights_are_the_nearest_and_come_back_from_the_layer(case, rng):
+    layer = trainable(case)
+    moved = layer.weights * rng.uniform(0.5, 1.3, layer.weights.shape).astype(np.float32)
+    moved = with_weights(layer, moved)
+    rounded = jax.jit(TrainableMdCSR.rounded)(moved)
+    w, held, steps = dense(moved), dense(rounded), steps_of(layer)
+    largest = (1 << (case.value_bits - 1)) - 1
+    q = np.divide(held, steps, out=np.zeros(w.shape), where=steps > 0)
+    assert np.abs(q).max() <= largest * (1 + EPS)
+    np.testing.assert_allclose(q, np.rint(q), atol=4 * EPS * largest)
+    inside = np.abs(w) < largest * steps
+    assert 0 < inside.sum() < np.count_nonzero(w) + (w == 0).sum()
+    assert (np.abs(w - held) <= steps * (0.5 + 4 * EPS * largest))[inside].all()
+    back = rounded.to_mdcsr()
+    np.testing.assert_array_equal(exact(back.to_dense(jnp.float32)), held)
+    np.testing.assert_array_equal(back.scales, case.layer.scales)
+
+
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_gradients_pass_through_the_rounding_but_not_where_weights_are_clipped(case, rng):
+    layer = trainable(case)
+    moved = layer.weights * rng.uniform(0.5, 1.3, layer.weights.shape).astype(np.float32)
+    ct = random_direction(layer, rng)
+
+    @jax.jit
+    def pull(weights, ct):
+        return jax.vjp(lambda w: with_weights(layer, w).rounded().weights, weights)[1](ct)[0]
+
+    largest = (1 << (case.value_bits - 1)) - 1
+    found, given = (gradient_matrix(layer, g) for g in (pull(moved, ct), ct))
+    ratio = np.abs(dense(with_weights(layer, moved))) / (
+        largest * np.where(steps_of(layer) > 0, steps_of(layer), 1)
+    )
+    np.testing.assert_array_equal(found[ratio < 1 - EPS], given[ratio < 1 - EPS])
+    assert not found[ratio > 1 + EPS].any()
+    assert (ratio > 1 + EPS).any()
+
+
+def test_weights_without_one_step_are_not_rounded():
+    with pytest.raises(ValueError, match="unit manifold and no stack; got the prime manifold"):
+        trainable(Case("random", (33, 67), "prime")).rounded()
+    layer = trainable(CASE)
+    with pytest.raises(ValueError, match=r"no stack; got the unit manifold and weights \(2, "):
+        TrainableMdCSR.stack([layer, layer]).rounded()
+
+
 def test_only_changed_rows_get_a_new_scale():
     layer = trainable(CASE)
     changed = layer.weights.at[0, 0].multiply(1.7)  # the first entry of row 0

@@ -14,6 +14,7 @@ from upg_jax import CheckpointError, MdCSR, UPGModel, combine, partition
 from upg_jax.compress import Rule, Settings, compress_checkpoint
 from upg_jax.models import forward
 from upg_jax.train import Student, Teacher
+from upg_jax.train._recover import _write
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, llama.VOCABULARY, (2, 12)))
 logits_of = jax.jit(lambda network: network.logits(IDS))
@@ -96,6 +97,22 @@ def test_what_was_not_trained_is_encoded_as_it_was(compressed):
         assert isinstance(layer, MdCSR)
         wanted = jax.tree.map(lambda a, i=i: np.asarray(a)[i], stack).to_dense(jnp.float32)
         np.testing.assert_array_equal(layer.to_dense(jnp.float32), wanted)
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_a_student_of_few_bits_computes_with_the_weights_that_will_be_written(source, tmp_path, rules, rng):
+    settings = Settings(density=0.5, rules=rules, value_bits=3, group_size=32)
+    compress_checkpoint(source, tmp_path / "m", settings)
+    student = Student.from_model(UPGModel.from_file(tmp_path / "m", pack=False))
+    moved = jax.tree.map(
+        lambda w: jax.device_put((w * rng.uniform(0.7, 1.2, w.shape)).astype(np.float32)), student.trained()
+    )
+    trained = student.with_trained(moved)
+    _write(tmp_path / "m", tmp_path / "better", trained.tensors(), {})
+    written = Student.from_model(UPGModel.from_file(tmp_path / "better", pack=False))
+    expected = np.asarray(logits_of(written))
+    assert np.abs(logits_of(student) - expected).max() > 0.01 * np.abs(expected).max()
+    np.testing.assert_allclose(logits_of(trained), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_dense_model_has_nothing_to_recover(source):

@@ -150,7 +150,7 @@ class Student:
             for i, name in enumerate(weight.names(self.config.num_layers)):
                 one = value[i] if isinstance(value, tuple) else jax.tree.map(lambda a, i=i: a[i], value)
                 if isinstance(one, TrainableMdCSR):
-                    found[name] = one.to_mdcsr()
+                    found[name] = _encodable(one).to_mdcsr()
                 elif vectors:
                     found[name] = jnp.asarray(one)
         return found
@@ -158,6 +158,14 @@ class Student:
 
 for _network in (Teacher, Student):
     jax.tree_util.register_dataclass(_network, data_fields=["params"], meta_fields=["config"])
+
+
+_rounded = jax.jit(TrainableMdCSR.rounded)
+
+
+def _encodable(leaf: Any) -> Any:
+    """Rounds weights of fewer than 8 bits, which would lose much if they were rounded after training alone."""
+    return _rounded(leaf) if _is_trainable(leaf) and leaf.value_bits < 8 else leaf
 
 
 def _is_trainable(leaf: Any) -> bool:
@@ -176,10 +184,12 @@ def _is_vectors(value: Any) -> bool:
 def _run(layers: dict[str, Any], config: DecoderConfig, x: jax.Array) -> jax.Array:
     """The layers in one loop, whose gradient is stacked as they are; unrolled where they differ."""
     if any(isinstance(value, tuple) for value in layers.values()) or not _alike(config):
-        return run_layers(layers, config, x)[0]
+        return run_layers(jax.tree.map(_encodable, layers, is_leaf=_is_matrix), config, x)[0]
 
     def body(x: jax.Array, layer: dict[str, Any]) -> tuple[jax.Array, None]:
-        one = {slot: (value,) if _is_matrix(value) else value[None] for slot, value in layer.items()}
+        one = {
+            slot: (_encodable(value),) if _is_matrix(value) else value[None] for slot, value in layer.items()
+        }
         return run_layers(one, config.only(0), x)[0], None
 
     return jax.lax.scan(jax.checkpoint(body, policy=_kept, prevent_cse=False), x, layers)[0]
