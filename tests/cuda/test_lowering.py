@@ -133,6 +133,15 @@ def test_gradients_scatter_where_dense_levels_would_take_gigabytes(layers, vecto
     assert _cuda_lowering.dense_is_faster(work) is not scatters
 
 
+@pytest.mark.parametrize(("dtype", "scatters"), [("float32", False), ("bfloat16", True)])
+def test_prime_levels_count_with_their_bfloat16_parts(dtype, scatters):
+    work = metal_ops.Work(
+        operation="transposed", rows=40960, columns=8192, capacity=1 << 25, layers=1, groups=1, vectors=4,
+        manifold="prime", dtype=dtype,
+    )  # fmt: skip
+    assert _cuda_lowering.dense_is_faster(work) is not scatters
+
+
 def test_groups_that_share_a_layer_scatter_their_gradients():
     layers = stack([UNIT.layer] * 2)
     text = program(lambda g, i: jax.vjp(lambda x: sparse_dense(x, layers, index=i), jnp.ones((3, 67)))[1](g),

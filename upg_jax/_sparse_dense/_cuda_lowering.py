@@ -159,7 +159,8 @@ def _work(
 
 def dense_is_faster(work: metal_ops.Work) -> bool:
     """Whether `auto` multiplies dense levels."""
-    level_bytes = 2 if work.manifold == "unit" else 4
+    # With bfloat16 vectors prime levels are in memory as float32 and as three bfloat16 parts.
+    level_bytes = 2 if work.manifold == "unit" else 10 if work.dtype == "bfloat16" else 4
     if work.groups * work.rows * work.columns * level_bytes > _MAX_LEVELS:
         return False
     if work.operation == "transposed":
