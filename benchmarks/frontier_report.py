@@ -25,7 +25,13 @@ def models(rows: list[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         if "name" in row:
-            found.setdefault(row["name"], {}).update(row)
+            model = found.setdefault(row["name"], {})
+            if "recovered" in row and model.get("recovered", row["recovered"]) != row["recovered"]:
+                raise ValueError(
+                    f"rows: {row['name']!r} is a recovered model in one row and a one-shot model in another; rename "
+                    "the directory of one and measure it again"
+                )
+            model.update(row)
     return sorted(
         (row for row in found.values() if "geometric_mean" in row), key=lambda r: r["bits_per_weight"]
     )
@@ -89,7 +95,9 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path())
     options = parser.parse_args()
     found = models([json.loads(line) for path in options.rows for line in path.read_text().splitlines()])
-    dense = next(row for row in found if row["name"] == "dense")
+    dense = next((row for row in found if row["name"] == "dense"), None)
+    if dense is None:
+        raise SystemExit("frontier_report: the rows must have one of the dense model's quality; got none")
     options.out.mkdir(parents=True, exist_ok=True)
     plot(found, dense, options.out / "frontier.svg")
     header = (

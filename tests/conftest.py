@@ -55,6 +55,8 @@ def _keep_programs(config):
     Processes that tests start compile as users' do: one that is killed while it writes would leave half a program, and
     a warning about it in every later run.
     """
+    if getattr(config, "cache", None) is None:
+        raise pytest.UsageError("--keep-programs needs pytest's cache; leave out -p no:cacheprovider")
     if jax.__version_info__ < (0, 10):
         raise pytest.UsageError(
             f"--keep-programs: jax {jax.__version__} forgets which arguments may be donated"

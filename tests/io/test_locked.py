@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 
 import pytest
 
@@ -31,6 +32,30 @@ def test_a_run_that_fails_leaves_what_it_has_done_but_no_empty_directory(tmp_pat
                 (path / "state").touch()
             raise ZeroDivisionError
         assert path.exists() == done
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_or_a_dangling_link_in_the_place_is_named(tmp_path, link):
+    path = tmp_path / "work"
+    if link:
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.touch()
+    with pytest.raises(CheckpointError, match=r"recover: .*work must be a directory.* move it away"):
+        locked(path, "recover").__enter__()
+    assert path.is_symlink() or path.is_file()
+
+
+def test_a_directory_that_a_run_took_along_before_it_was_opened_is_that_runs(tmp_path, monkeypatch):
+    path, open_ = tmp_path / "work", os.open
+
+    def late(name, flags):
+        path.rmdir()
+        return open_(name, flags)
+
+    monkeypatch.setattr(os, "open", late)
+    with pytest.raises(CheckpointError, match="another run is at work"):
+        locked(path, "compress").__enter__()
 
 
 @pytest.mark.parametrize("again", [False, True])

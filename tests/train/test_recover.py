@@ -13,6 +13,7 @@ from upg_jax import CheckpointError, UPGDecompressor, UPGModel
 from upg_jax.compress import Settings, compress_checkpoint
 from upg_jax.inference import compare
 from upg_jax.train import RecoverySettings, recover
+from upg_jax.train._checkpoint import TrainingCheckpoint
 
 TEXT = "".join(chr(97 + i) for i in np.random.default_rng(0).integers(0, 26, 4000))
 BUDGET = RecoverySettings(
@@ -117,6 +118,18 @@ def test_unfinished_work_from_other_settings_is_refused(models, tmp_path):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         recover(half, dense, [TEXT], tmp_path / "m", BUDGET)
+
+
+def test_beginning_anew_removes_directories_but_not_what_links_lead_to(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").touch()
+    checkpoint = TrainingCheckpoint(tmp_path / "m", {})
+    (checkpoint.path / "half.tmp" / "inner").mkdir(parents=True)
+    checkpoint.output.symlink_to(mine)
+    checkpoint.open(restart=True)
+    assert list(checkpoint.path.iterdir()) == []
+    assert (mine / "notes.txt").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="directories have no locks on Windows")

@@ -21,7 +21,7 @@ def locked(path: Path, operation: str) -> Iterator[None]:
         operation: the command, for the error.
 
     Raises:
-        CheckpointError: if another run is at work.
+        CheckpointError: if another run is at work, or something else is in the directory's place.
     """
     if os.name != "posix":
         yield
@@ -31,8 +31,19 @@ def locked(path: Path, operation: str) -> Iterator[None]:
     busy = CheckpointError(
         f"{operation}: another run is at work in {path}; wait for it, or choose another name"
     )
-    path.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileExistsError:
+        raise CheckpointError(
+            f"{operation}: {path} must be a directory for unfinished work, or not exist; got a file or a dangling "
+            "link; move it away or choose another name"
+        ) from None
+    except FileNotFoundError:
+        # Gone since it was made: a run that ends takes the directory with it. Without a parent it never was.
+        if path.parent.is_dir():
+            raise busy from None
+        raise
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

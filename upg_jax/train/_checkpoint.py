@@ -98,9 +98,11 @@ class TrainingCheckpoint:
 
     def _clear(self) -> None:
         # Not the directory itself: it has the lock.
-        shutil.rmtree(self.output, ignore_errors=True)
-        for file in self.path.iterdir():
-            file.unlink()
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:
