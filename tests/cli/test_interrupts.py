@@ -13,7 +13,8 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec
 import pytest
 
 pytest.importorskip("typer", reason='pip install "upg-jax[demo]"')
-from upg_jax.cli._interrupts import interruptible
+from upg_jax.cli import _interrupts
+from upg_jax.cli._interrupts import handled, interruptible
 
 pytestmark = pytest.mark.usefixtures("usual_interrupts")
 
@@ -23,7 +24,7 @@ def ctrl_c(*ignored):
 
 
 def wait():
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         time.sleep(0.001)
 
@@ -65,17 +66,46 @@ def test_a_callback_of_the_garbage_collector_does_not_swallow_it(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_one_that_was_put_off_does_not_reach_what_comes_afterwards():
+def test_one_that_comes_again_while_it_is_put_off_is_not_lost(monkeypatch, capfd):
+    class Stalled(threading.Timer):
+        """Whose time is over before `start` returns."""
+
+        def start(self):
+            super().start()
+            threads.append(self)
+            if len(threads) == 1:
+                self.join()
+
     class Dropped:
         def __del__(self):
             ctrl_c()
 
-    late = []
+    def drop():
+        Dropped()
+        wait()
+
+    threads = []
+    monkeypatch.setattr(threading, "Timer", Stalled)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        drop()
+    assert len(threads) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_one_that_was_put_off_does_not_reach_what_comes_afterwards(monkeypatch):
+    class Dropped:
+        def __del__(self):
+            ctrl_c()
+
+    monkeypatch.setattr(_interrupts, "_AGAIN_SECONDS", 60)
     with interruptible():
         Dropped()
-    signal.signal(signal.SIGINT, lambda *signal: late.append(signal))
-    time.sleep(0.1)  # five times as long as it is put off
-    assert not late
+        assert timers()
+    assert not timers()
+
+
+def timers():
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
 def test_a_second_one_at_once_does_not_end_what_the_first_began(monkeypatch):
@@ -89,6 +119,31 @@ def test_a_second_one_at_once_does_not_end_what_the_first_began(monkeypatch):
         now[0] += 1.5
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
+
+
+def test_a_second_one_counts_at_once_where_the_first_was_handled(monkeypatch):
+    with interruptible():
+        monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+        for _ in range(2):
+            handled()
+            with pytest.raises(KeyboardInterrupt):
+                ctrl_c()
+
+
+def test_a_request_to_end_is_put_off_as_ctrl_c_is_and_later_ends_the_process_again():
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def drop():
+        Dropped()
+        wait()
+
+    # As where a shell ignores Ctrl-C for what it starts in the background.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        drop()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_other_exceptions_that_nobody_can_catch_are_shown_as_usual(monkeypatch):

@@ -132,8 +132,8 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(gguf_model, tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
-    # On a fast machine the run may be past its last interruptible step.
-    assert process.returncode in (0, 130)
+    # On a fast machine the run may be past its last interruptible step, or the process about to end.
+    assert process.returncode in (0, 130, -signal.SIGINT)
     assert b"Traceback" not in said
     if process.returncode == 130:
         assert b"the same command continues where this run stopped" in said

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers.versions import enable_x64
 
-from metal_ops import Call, register_call
+from metal_ops import Call, _ffi, register_call
 from metal_ops._ffi import _guard, make_handler
 
 FAILURES = (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, RecursionError, MemoryError)
@@ -189,8 +189,12 @@ def test_the_guard_raises_where_no_call_is_running():
         _guard(signal.SIGINT, sys._getframe())
 
 
-def test_an_interrupt_inside_a_call_fails_the_program_after_it():
+def test_an_interrupt_inside_a_call_fails_the_program_after_it(monkeypatch):
+    monkeypatch.setattr(_ffi, "_INTERRUPT_SECONDS", 60.0)  # machines stall
+
     def interrupted(call: Call) -> None:
+        # From another thread, it would reach the main one outside of the call.
+        assert threading.current_thread() is threading.main_thread()
         signal.raise_signal(signal.SIGINT)
         copy(call)
 

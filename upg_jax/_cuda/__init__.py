@@ -37,16 +37,22 @@ class Library:
         c.upg_cuda_set_compiler(self._compile)
 
     def _on_demand(self, kernel: bytes, major: int, minor: int) -> None:
-        import metal_ops
-
+        """Compiles a kernel, or says why not. Ctrl-C meanwhile fails the call, with the text `KeyboardInterrupt: `."""
         cubin, problem, for_good = b"", b"", True
-        try:
-            cubin = metal_ops.compile_named(kernel.decode(), f"sm_{major}{minor}")
-        except BaseException as error:  # nothing may leave a callback
-            problem = f"{type(error).__name__}: {error}".encode()
-            # Anything else, such as Ctrl-C or a lack of memory, ends this call alone.
-            for_good = isinstance(error, (metal_ops.SourceError, metal_ops.UnavailableError))
+        try:  # nothing may leave a callback
+            import metal_ops
+
+            try:
+                cubin = metal_ops.compile_named(kernel.decode(), f"sm_{major}{minor}")
+            except (metal_ops.SourceError, metal_ops.UnavailableError) as error:
+                problem = _described(error)
+        except BaseException as error:  # such as a lack of memory: it ends this call alone
+            problem, for_good = _described(error), False
         self._provide(kernel, major, minor, cubin, len(cubin), problem, for_good)
+
+
+def _described(error: BaseException) -> bytes:
+    return f"{type(error).__name__}: {error}".encode()
 
 
 def load() -> Library | None:

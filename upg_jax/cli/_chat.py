@@ -85,11 +85,13 @@ class Conversation:
     def run(self) -> None:
         """Reads lines until the user leaves."""
         from upg_jax._errors import UPGError
+        from upg_jax.cli._interrupts import handled
         from upg_jax.cli._output import stderr
 
         _enable_line_editing()
         while True:
             try:
+                handled()  # the next answer may be stopped as soon as it begins
                 line = _read()
             except EOFError:
                 return

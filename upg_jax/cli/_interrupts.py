@@ -10,57 +10,60 @@ import threading
 import time
 from collections.abc import Iterator
 from importlib.machinery import ExtensionFileLoader
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 _AGAIN_SECONDS = 0.02
 _IMPATIENCE_SECONDS = 2.0
+# When one was raised that has not been dealt with.
+_raised = float("-inf")
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raises `KeyboardInterrupt` for SIGINT where it arrives; afterwards another one ends the process silently.
+def interruptible(number: int = signal.SIGINT) -> Iterator[None]:
+    """Raises `KeyboardInterrupt` for a signal where it arrives; afterwards another one ends the process silently.
 
     Python's own handler raises in whatever runs. The initialization of a C extension takes that for a failure, or for
     a reason to abort; callbacks of the garbage collector, of which jax has one, and destructors print and drop it. In
     these places it is raised a moment later. A second one that comes at once is taken for the first: it would end the
-    saving of what was done.
+    saving of what was done. Who goes on after one calls `handled`.
+
+    Args:
+        number: SIGINT or SIGTERM. One that the process does not handle in the usual way is left alone.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    global _raised
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is not usual:
         yield
         return
-    raised = float("-inf")
+    _raised = float("-inf")
     over = False
     later: list[threading.Timer] = []
     unraisable = sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal raised
+        global _raised
         if over:
             return
-        if _in_an_extension(frame):
+        if _is_lost_in(frame, hook.__code__):
             soon()
-        elif time.monotonic() - raised > _IMPATIENCE_SECONDS:
-            raised = time.monotonic()
+        elif time.monotonic() - _raised > _IMPATIENCE_SECONDS:
+            _raised = time.monotonic()
             raise KeyboardInterrupt
 
     def hook(dropped: Any) -> None:
-        nonlocal raised
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            raised = float("-inf")
+            handled()
             soon()
         else:
             unraisable(dropped)
 
     def soon() -> None:
-        later.append(timer := threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main))
+        later.append(timer := threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main, (number,)))
         timer.daemon = True
         timer.start()
 
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(number, interrupt)
     sys.unraisablehook = hook
     try:
         yield
@@ -70,14 +73,23 @@ def interruptible() -> Iterator[None]:
         for timer in later:
             timer.cancel()
             timer.join()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         sys.unraisablehook = unraisable
 
 
-def _in_an_extension(frame: FrameType | None) -> bool:
-    """Whether a C extension is being initialized: only the import system has its loader as `self`."""
+def handled() -> None:
+    """Lets the next interrupt count, however soon it comes: what the last one ended has been put away."""
+    global _raised
+    _raised = float("-inf")
+
+
+def _is_lost_in(frame: FrameType | None, hook: CodeType) -> bool:
+    """Whether an exception would be dropped: in the hook, or where a C extension is being initialized.
+
+    Only the import system has such a module's loader as `self`.
+    """
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+        if frame.f_code is hook or isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
             return True
         frame = frame.f_back
     return False

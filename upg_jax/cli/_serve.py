@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from upg_jax.cli._interrupts import interruptible
 from upg_jax.cli._options import DtypeOption, ModelArgument, PackOption
 
 
+# The first process of a container would not be ended by it otherwise.
+@interruptible(signal.SIGTERM)
 def serve(
     path: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
@@ -64,8 +67,6 @@ def serve(
     from upg_jax._errors import MissingDependencyError
     from upg_jax.cli._output import status, stderr
 
-    # As for Ctrl-C: the first process of a container would not be ended by it otherwise.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         import h11  # noqa: F401
         import starlette  # noqa: F401
