@@ -82,6 +82,8 @@ def plot(found: list[Row], dense: Row, path: Path) -> None:
     axes.step(*zip(*best, strict=True), where="post", color="gray", linewidth=1, label="frontier", zorder=0)
     axes.axhline(dense["geometric_mean"], linestyle="--", color="black", linewidth=1, label="dense float32")
     axes.set(xlabel="bits per weight of the linear layers", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None})
