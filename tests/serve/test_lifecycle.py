@@ -133,6 +133,20 @@ def test_a_stream_that_nobody_reads_is_cut_off_without_an_error_in_the_log(serve
     assert server_errors() == []
 
 
+def test_an_answer_that_its_handler_left_unfinished_is_an_error_in_the_log(server_errors, caplog):
+    async def unfinished(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    with serving(unfinished) as address, socket.create_connection(address, timeout=20) as connection:
+        # This server's configuration has just replaced the handlers and the level.
+        logging.getLogger("uvicorn").addHandler(caplog.handler)
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        while connection.recv(1000):
+            pass
+    assert server_errors() == ["ASGI callable returned without completing response."]
+
+
 @pytest.mark.parametrize(
     "data",
     [

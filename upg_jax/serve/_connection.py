@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +15,9 @@ from starlette.types import Receive, Scope, Send
 from upg_jax.serve._errors import ApiError, ending
 
 Result = TypeVar("Result")
+
+# Whether this request's connection is to be closed in the middle of its answer, for which applications have no word.
+cut_off: ContextVar[bool] = ContextVar("cut_off", default=False)
 
 
 class ClientGoneError(Exception):
@@ -103,10 +107,12 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
         try:
-            with contextlib.suppress(ClientGoneError, TimeoutError, OSError):
-                # What an answer takes too long for is said in the stream, a moment before.
-                async with asyncio.timeout_at(self._deadline + 1):
+            # What an answer takes too long for is said in the stream, a moment before.
+            limit = asyncio.timeout_at(self._deadline + 1)
+            with contextlib.suppress(ClientGoneError, OSError):
+                async with limit:
                     await unless_gone(receive, self._send_all(send))
+            cut_off.set(limit.expired())
         finally:
             self._end()
 

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from upg_jax._errors import UPGError
 from upg_jax.inference import Engine
+from upg_jax.serve._connection import cut_off
 from upg_jax.serve._limits import Limits
 
 # Bytes of what a client sends before it has its answer: beyond, nothing more is read until then.
@@ -102,8 +103,8 @@ def configuration(app: Starlette, *, log_level: str = "warning", **more: Any) ->
 
 
 def _is_no_cut_stream(record: logging.LogRecord) -> bool:
-    # An application has no other way of cutting off a client that does not read.
-    return record.getMessage() != "ASGI callable returned without completing response."
+    # Uvicorn logs in the request's own task, so in its context.
+    return not cut_off.get() or record.getMessage() != "ASGI callable returned without completing response."
 
 
 def run(app: Starlette, engine: Engine, listener: socket.socket, limits: Limits) -> None:
