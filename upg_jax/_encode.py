@@ -44,15 +44,7 @@ def encode_dense(
     group_size: int | None = None,
 ) -> MdCSR:
     """`MdCSR.from_dense` with NumPy planes, for callers that write files."""
-    w = np.asarray(w)
-    if w.ndim != 2:
-        raise EncodingError(
-            f"from_dense: w must be a matrix (out_features, in_features); got shape {w.shape}"
-        )
-    if w.dtype not in _ORIGINAL_DTYPES:
-        raise EncodingError(
-            f"from_dense: w must be float32, bfloat16, float16 or float64; got {w.dtype}; convert it first"
-        )
+    w = float_matrix(w)
     if manifold not in MANIFOLDS:
         raise EncodingError(f"from_dense: manifold must be one of {MANIFOLDS}; got {manifold!r}")
     if index not in INDEXES:
@@ -64,11 +56,10 @@ def encode_dense(
     scales = np.zeros(w.shape[0], np.float32)
     group_scales = np.ones((w.shape[0], groups_of(w.shape[1], group_size)), np.uint8)
     for start, stop in _row_chunks(w.shape):
-        chunk = _as_float32(w[start:stop])
-        _check_finite(chunk, w, start)
+        chunk = finite_float32(w[start:stop], start)
         entries: tuple[np.ndarray, ...]
         if group_size is not None:
-            chunk[~kept(start, stop)] = 0
+            chunk = np.where(kept(start, stop), chunk, np.float32(0))
             q, group_scales[start:stop], scales[start:stop] = quantize_rows(
                 chunk, value_bits=value_bits, group_size=group_size, first_row=start
             )
@@ -95,6 +86,44 @@ def encode_dense(
     )
 
 
+def float_matrix(w: Any, where: str = "from_dense") -> np.ndarray:
+    """`w` as NumPy's array.
+
+    Raises:
+        EncodingError: if it is no matrix, or of a dtype that cannot be encoded.
+    """
+    w = np.asarray(w)
+    if w.ndim != 2:
+        raise EncodingError(f"{where}: w must be a matrix (out_features, in_features); got shape {w.shape}")
+    if w.dtype not in _ORIGINAL_DTYPES:
+        raise EncodingError(
+            f"{where}: w must be float32, bfloat16, float16 or float64; got {w.dtype}; convert it first"
+        )
+    return w
+
+
+def finite_float32(w: np.ndarray, first_row: int = 0, where: str = "from_dense") -> np.ndarray:
+    """Rows of a matrix in float32: themselves where they are.
+
+    Args:
+        w: float `(rows, columns)`.
+        first_row: the number of row 0 in the matrix, for messages.
+        where: what to call the function in messages.
+
+    Raises:
+        EncodingError: naming the first weight that is not finite.
+    """
+    found = _as_float32(w)
+    # One pass: the sum is finite unless an entry is not.
+    with np.errstate(invalid="ignore"):
+        if np.isfinite(found.sum(dtype=np.float64)):
+            return found
+    row, column = np.argwhere(~np.isfinite(found))[0]
+    raise EncodingError(
+        f"{where}: weights must be finite in float32; got {w[row, column]} at row {first_row + row}, column {column}"
+    )
+
+
 def checked_group_size(
     value_bits: int, group_size: int | None, manifold: Manifold, where: str = "from_dense"
 ) -> int | None:
@@ -117,7 +146,7 @@ def checked_group_size(
             "value_bits 8, or manifold 'unit'"
         )
     group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
-    if group_size not in GROUP_SIZES:
+    if not isinstance(group_size, int | np.integer) or group_size not in GROUP_SIZES:
         raise EncodingError(f"{where}: group_size must be one of {GROUP_SIZES}; got {group_size!r}")
     return group_size
 
@@ -174,7 +203,7 @@ def _row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 def _as_float32(w: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite here, and is refused by name
-        return w.astype(np.float32)
+        return np.asarray(w, np.float32)
 
 
 def _checked_alignment(row_alignment: int | None, value_bits: int) -> int:
@@ -189,18 +218,6 @@ def _checked_alignment(row_alignment: int | None, value_bits: int) -> int:
             f"bytes; got {row_alignment}"
         )
     return row_alignment
-
-
-def _check_finite(chunk: np.ndarray, w: np.ndarray, first_row: int) -> None:
-    # One pass: the sum of a chunk is finite unless an entry is not, or it overflows.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(chunk.sum(dtype=np.float64)):
-            return
-    row, column = np.argwhere(~np.isfinite(chunk))[0]
-    row += first_row
-    raise EncodingError(
-        f"from_dense: weights must be finite in float32; got {w[row, column]} at row {row}, column {column}"
-    )
 
 
 def kept_weights(w: np.ndarray, density: float | None, mask: Any | None) -> Any:

@@ -270,6 +270,28 @@ def test_calibration_is_asked_for_where_it_is_needed_and_only_there(tmp_path, so
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_weight_that_is_no_number_is_named_with_tensor_row_and_column(tmp_path, weights, method):
+    weights = {n: w.copy() for n, w in weights.items()}
+    weights["model.layers.0.self_attn.q_proj.weight"][3, 5] = np.nan
+    source = llama.write_hugging_face(tmp_path / "hf", weights)
+    said = r"q_proj\.weight': .* weights must be finite in float32; got nan at row 3, column 5"
+    with pytest.raises(EncodingError, match=said):
+        compress(source, tmp_path / "out", settings(method))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_inputs_that_are_no_numbers_are_refused_by_the_matrix_that_gets_them(tmp_path, weights, method):
+    """Norms stay as they are, so that nothing else looks at their values."""
+    broken = np.full_like(weights["model.layers.0.input_layernorm.weight"], np.nan)
+    source = llama.write_hugging_face(
+        tmp_path / "hf", weights | {"model.layers.0.input_layernorm.weight": broken}
+    )
+    said = r"layers\.0\.self_attn\.._proj\.weight': .* must be finite; .* no numbers before this matrix"
+    with pytest.raises(EncodingError, match=said):
+        compress(source, tmp_path / "out", settings(method))
+
+
 def test_matrix_that_the_model_never_uses_is_named(tmp_path, weights):
     extra = {"model.layers.0.mlp.extra_proj.weight": np.ones((4, 4), np.float32)}
     source = llama.write_hugging_face(tmp_path / "hf", weights | extra)

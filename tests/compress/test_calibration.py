@@ -40,6 +40,13 @@ def test_short_text_gives_the_windows_it_has_and_none_is_an_error():
         Calibration.from_texts(["abcdefgh"], codepoints, windows=64, tokens=9)
 
 
+@pytest.mark.parametrize("asked", [{"windows": 0}, {"windows": -1}, {"tokens": 0}, {"tokens": -4}])
+def test_a_calibration_of_no_tokens_is_refused_by_name(asked):
+    ((name, value),) = asked.items()
+    with pytest.raises(ValueError, match=f"calibration: {name} must be at least 1; got {value}"):
+        Calibration.from_texts(["abcdefgh"], codepoints, **{"tokens": 4, **asked})
+
+
 def test_long_corpus_is_not_read_to_its_end():
     read = []
 

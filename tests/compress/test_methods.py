@@ -104,8 +104,15 @@ def test_a_hessian_that_cannot_be_factored_is_dampened_more_up_to_its_mean():
         upper = np.asarray(factor(jnp.asarray(correlated_by(c))))
         expected = np.linalg.inv(correlated_by(c) + dampening * np.eye(2))
         np.testing.assert_allclose(upper.T @ upper, expected, rtol=1e-4)
-    with pytest.raises(EncodingError, match="cannot be factored"):
+    with pytest.raises(
+        EncodingError, match=r"cannot be factored .* more calibration text, or --method wanda"
+    ):
         factor(jnp.asarray(correlated_by(3)))
+
+
+def test_a_hessian_whose_mean_overflows_is_refused_and_makes_no_matrix_of_zeros():
+    with pytest.raises(EncodingError, match=r"mean diagonal inf .*cannot be factored in float32"):
+        sparsegpt(np.ones((4, 64), np.float32), 1e37 * np.eye(64), 0.5)
 
 
 def test_sparsegpt_leaves_a_smaller_error_than_wanda_and_wanda_than_magnitude(rng):
@@ -229,5 +236,58 @@ def test_what_does_not_fit_is_refused_by_name(rng):
         prune_mask(w, 0.5, "wanda")
     with pytest.raises(EncodingError, match="call sparsegpt"):
         prune_mask(w, 0.5, "sparsegpt")
-    with pytest.raises(EncodingError, match="must be finite"):
-        sparsegpt(w, np.full((6, 6), np.nan, np.float32), 0.5)
+    with pytest.raises(EncodingError, match="norms must be finite"):
+        prune_mask(w, 0.5, "wanda", norms=np.full(6, np.inf, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"w": np.ones(6)}, r"w must be a matrix \(out_features, in_features\); got shape \(6,\)"),
+        ({"w": np.ones((4, 6), int)}, "w must be float32, .* got int64"),
+        ({"w": np.diag([1, 1, -np.inf, 1, 1, 1])}, "finite in float32; got -inf at row 2, column 2"),
+        ({"w": np.full((4, 6), 1e39)}, r"finite in float32; got 1e\+39 at row 0, column 0"),
+        ({"hessian": np.eye(5)}, r"hessian must be .* \(6, 6\) for this w; got \(5, 5\)"),
+        ({"hessian": np.ones(6)}, r"hessian must be .* got \(6,\)"),
+        ({"hessian": np.zeros((6, 6))}, "hessian must be of one calibration input or more; got zeros"),
+        ({"hessian": np.full((6, 6), np.nan)}, "Hessian of the calibration inputs must be finite"),
+        ({"density": float("nan")}, "density must be in"),
+        ({"pattern": "3:2"}, "'3:2'"),
+        ({"scales": np.ones(5)}, r"scales must be \(out_features,\), \(4,\) for this w; got \(5,\)"),
+        ({"scales": [1, 1, -1, 1]}, r"scales must be finite and at least 0; got -1\.0 at row 2"),
+        ({"scales": [1, np.nan, 1, 1]}, "scales must be finite and at least 0; got nan at row 1"),
+        ({"value_bits": 5}, "value_bits must be one of .* got 5"),
+        ({"value_bits": 4}, "group_size must be one of .* with value_bits 4; got None"),
+        ({"value_bits": 4, "group_size": -32}, "group_size must be one of .* got -32"),
+        ({"value_bits": 4, "group_size": 64.0}, r"group_size must be one of .* got 64\.0"),
+        ({"value_bits": 3, "group_size": 64}, "scales must be given with value_bits 3; got None"),
+        ({"group_size": 64}, "group_size is for values of 4 or 3 bits; got 64"),
+    ],
+)
+def test_arguments_of_sparsegpt_that_do_not_fit_are_refused_by_name(changes, said):
+    arguments = {"w": np.ones((4, 6)), "hessian": np.eye(6), "density": 0.5} | changes
+    with pytest.raises(EncodingError, match=said):
+        sparsegpt(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(8, 0), (0, 8)])
+def test_a_matrix_without_weights_stays_one(shape):
+    gram_of_it = np.eye(shape[1])
+    assert sparsegpt(np.zeros(shape), gram_of_it, 0.5).weights.shape == shape
+    narrow = {"scales": np.zeros(shape[0]), "value_bits": 4, "group_size": 32}
+    found = sparsegpt(np.zeros(shape), gram_of_it, 0.5, **narrow)
+    assert found.mask.shape == found.levels.shape == shape
+    assert found.multipliers.shape == (shape[0], -(-shape[1] // 32))
+    for method in ("wanda", "sparsegpt"):
+        for encoding in (
+            Encoding(0.5, "unit"),
+            Encoding(0.5, "prime"),
+            Encoding(0.5, "unit", value_bits=4, group_size=32),
+        ):
+            settings, inputs = (
+                Settings(density=0.5, method=method),
+                Inputs([np.ones((2, 3, shape[1]), np.float32)]),
+            )
+            layer = compress_matrix(np.zeros(shape, np.float32), encoding, settings, inputs)
+            assert layer.shape == shape
+            layer.validate("full")

@@ -61,8 +61,11 @@ class Calibration:
             source: says where the texts are from.
 
         Raises:
-            ValueError: if the texts do not fill a window.
+            ValueError: if the texts do not fill a window, or no tokens are asked for.
         """
+        for name, value in {"windows": windows, "tokens": tokens}.items():
+            if value < 1:
+                raise ValueError(f"calibration: {name} must be at least 1; got {value}")
         stream: list[int] = []
         for text in texts:
             stream.extend(encode(text))

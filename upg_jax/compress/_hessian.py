@@ -27,17 +27,25 @@ def factor(gram: jax.Array) -> jax.Array:
         Upper triangular `R` with `inverse = R^T R`.
 
     Raises:
-        EncodingError: if the matrix is not finite.
+        EncodingError: if the matrix is not finite, or cannot be factored in float32.
     """
     if not bool(jnp.isfinite(gram).all()):
-        raise EncodingError("sparsegpt: the calibration activations must be finite; got NaN or infinity")
+        raise EncodingError(
+            "sparsegpt: the Hessian of the calibration inputs must be finite; got NaN or infinity; the model may have "
+            "weights that are infinite or no numbers before this matrix"
+        )
     dampening = _DAMPENING
     while True:
         upper = _factor(gram, np.float32(dampening))
-        if bool(jnp.isfinite(upper).all()):
+        # Where the mean diagonal overflows, the inverse is 0.
+        if bool(jnp.isfinite(upper).all() & (jnp.diagonal(upper) > 0).all()):
             return upper
         if dampening >= _MOST_DAMPENING:
-            raise EncodingError("sparsegpt: the Hessian of the calibration activations cannot be factored")
+            raise EncodingError(
+                f"sparsegpt: the Hessian of the calibration inputs, with {_MOST_DAMPENING:.0%} of its mean diagonal "
+                f"{float(jnp.mean(jnp.diagonal(gram))):.3g} added to it, cannot be factored in float32; use more "
+                "calibration text, or --method wanda (method='wanda')"
+            )
         dampening *= 10
 
 

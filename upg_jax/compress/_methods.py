@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from upg_jax._encode import encode_dense, encode_levels
+from upg_jax._encode import encode_dense, encode_levels, finite_float32
 from upg_jax._mdcsr import MdCSR
 from upg_jax._quantize import scales_of
 from upg_jax.compress._prune import prune_mask
@@ -52,7 +52,9 @@ def _encode(w: np.ndarray, mask: np.ndarray, encoding: Encoding) -> MdCSR:
 
 
 def _by_sparsegpt(w: np.ndarray, encoding: Encoding, pattern: Pattern, inputs: Inputs) -> MdCSR:
-    dense = np.asarray(w, np.float32)
+    dense = finite_float32(w, where="sparsegpt")
+    if not dense.size:
+        return _encode(w, np.zeros(w.shape, bool), encoding)
     if encoding.manifold == "prime":
         pruned = prune(dense, inputs.factor, encoding.density, pattern, None)
         return _encode(pruned.weights.astype(w.dtype), pruned.mask, encoding)

@@ -41,7 +41,8 @@ def prune_mask(
         Boolean matrix of `w`'s shape, True where a weight is kept.
 
     Raises:
-        EncodingError: for an unknown method, a density outside `[0, 1]`, or a pattern that does not fit.
+        EncodingError: for an unknown method, a density outside `[0, 1]`, a pattern that does not fit, or norms that
+            are not finite.
     """
     check_method(method)
     w = np.asarray(w)
@@ -56,6 +57,11 @@ def prune_mask(
         raise EncodingError(f"prune_mask: density must be in [0, 1]; got {density}")
     scores = jnp.abs(jnp.asarray(w, jnp.float32))
     if norms is not None:
+        if not np.isfinite(norms).all():
+            raise EncodingError(
+                "prune_mask: norms must be finite; got NaN or infinity; the model may have weights that are infinite "
+                "or no numbers before this matrix"
+            )
         scores = scores * jnp.asarray(norms, jnp.float32)[None]
     return np.asarray(keep_pattern(scores, density, chosen))
 

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from upg_jax._encode import checked_group_size, finite_float32, float_matrix
 from upg_jax._errors import EncodingError
+from upg_jax._values import GROUP_SIZES, groups_of
 from upg_jax.compress._gptq import quantize_in_order
 from upg_jax.compress._hessian import Ordered, factor, ordered
 from upg_jax.compress._selection import Pattern, keep_largest
@@ -66,18 +68,68 @@ def sparsegpt(
         pattern: see `prune_mask`.
         scales: float32 `(out_features,)`, quantization steps of the survivors; 0 for a row of zeros.
         value_bits: of the survivors' values; of fewer than 8, steps are scales times multipliers.
-        group_size: columns that share a multiplier, chosen from what pruning alone has made of them.
+        group_size: columns that share a multiplier, chosen from what pruning alone has made of them: 32, 64 or 128;
+            None with values of 8 bits.
 
     Raises:
-        EncodingError: for a density or pattern that does not fit, or a Hessian that is not finite.
+        EncodingError: for weights that are no matrix of finite numbers, a Hessian of another shape, without calibration
+            inputs, or that cannot be factored, scales that are no steps of these rows, and for a density, pattern,
+            value_bits or group_size that does not fit.
     """
-    if not 0.0 <= density <= 1.0:
-        raise EncodingError(f"sparsegpt: density must be in [0, 1]; got {density}")
-    w, gram, chosen = np.asarray(w, np.float32), jnp.asarray(hessian, jnp.float32), Pattern.parse(pattern)
+    w = finite_float32(float_matrix(w, "sparsegpt"), where="sparsegpt")
+    gram, chosen = jnp.asarray(hessian, jnp.float32), Pattern.parse(pattern)
     steps = None if scales is None else np.asarray(scales, np.float32)
+    _check(w.shape, gram, density, steps, value_bits, group_size)
+    if not w.size:
+        levels = None if steps is None else np.zeros(w.shape, np.int8)
+        groups = groups_of(w.shape[1], group_size)
+        multipliers = None if group_size is None else np.ones((w.shape[0], groups), np.uint8)
+        return Pruned(w, np.zeros(w.shape, bool), levels, multipliers)
     if steps is None or group_size is None:
         return prune(w, factor(gram), density, chosen, steps)
     return prune_to_few_bits(w, factor(gram), ordered(gram), density, chosen, steps, value_bits, group_size)
+
+
+def _check(
+    shape: tuple[int, ...],
+    gram: jax.Array,
+    density: float,
+    scales: np.ndarray | None,
+    value_bits: int,
+    group_size: int | None,
+) -> None:
+    """Raises `EncodingError` for arguments of `sparsegpt` that do not fit each other."""
+    rows, columns = shape
+    if not 0.0 <= density <= 1.0:
+        raise EncodingError(f"sparsegpt: density must be in [0, 1]; got {density}")
+    if gram.shape != (columns, columns):
+        raise EncodingError(
+            f"sparsegpt: hessian must be (in_features, in_features), {(columns, columns)} for this w; got {gram.shape}"
+        )
+    if gram.size and not bool(jnp.any(gram)):
+        raise EncodingError(
+            "sparsegpt: hessian must be of one calibration input or more; got zeros; calibrate on text"
+        )
+    checked_group_size(value_bits, group_size, "unit", "sparsegpt")
+    if value_bits != 8 and group_size is None:
+        raise EncodingError(
+            f"sparsegpt: group_size must be one of {GROUP_SIZES} with value_bits {value_bits}; got None"
+        )
+    if value_bits != 8 and scales is None:
+        raise EncodingError(
+            f"sparsegpt: scales must be given with value_bits {value_bits}; got None; leave out both to prune only"
+        )
+    if scales is None:
+        return
+    if scales.shape != (rows,):
+        raise EncodingError(
+            f"sparsegpt: scales must be (out_features,), {(rows,)} for this w; got {scales.shape}"
+        )
+    bad = np.flatnonzero(~np.isfinite(scales) | (scales < 0))
+    if bad.size:
+        raise EncodingError(
+            f"sparsegpt: scales must be finite and at least 0; got {scales[bad[0]]} at row {bad[0]}"
+        )
 
 
 def prune_to_few_bits(
