@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import threading
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from upg_jax import CheckpointError, UPGDecompressor, UPGModel
 from upg_jax.compress import Settings, compress_checkpoint
 from upg_jax.inference import compare
-from upg_jax.train import RecoverySettings, recover
+from upg_jax.train import RecoverySettings, _recover, recover
 from upg_jax.train._checkpoint import TrainingCheckpoint
 
 TEXT = "".join(chr(97 + i) for i in np.random.default_rng(0).integers(0, 26, 4000))
@@ -101,6 +103,55 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(models, recovered, tmp_path):
     wanted, found = (planes(path) for path in (recovered[0], tmp_path / "m"))
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal for one thread")
+def test_ctrl_c_in_the_middle_of_a_step_goes_on_to_the_same_bytes(models, recovered, tmp_path, monkeypatch):
+    dense, half = models
+    step = _recover.train_step
+    taken = []
+
+    def pressed(*args, **settings):
+        taken.append(None)
+        results = step(*args, **settings)  # what it was given is gone
+        if len(taken) == 6:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return results
+
+    monkeypatch.setattr(_recover, "train_step", pressed)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            recover(half, dense, [TEXT], tmp_path / "m", BUDGET)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    steps = []
+    recover(half, dense, [TEXT], tmp_path / "m", BUDGET, progress=lambda p: steps.append(p.step))
+    assert steps == list(range(7, 25))
+    wanted, found = (planes(path) for path in (recovered[0], tmp_path / "m"))
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_that_fails_leaves_the_last_checkpoint(models, tmp_path, monkeypatch):
+    dense, half = models
+    step = _recover.train_step
+    taken = []
+
+    def failing(*args, **settings):
+        taken.append(None)
+        results = step(*args, **settings)
+        if len(taken) == 6:
+            raise RuntimeError("no memory left")
+        return results
+
+    monkeypatch.setattr(_recover, "train_step", failing)
+    often = dataclasses.replace(BUDGET, checkpoint_minutes=1e-9)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        recover(half, dense, [TEXT], tmp_path / "m", often)
+    steps = []
+    recover(half, dense, [TEXT], tmp_path / "m", often, progress=lambda p: steps.append(p.step))
+    assert steps == list(range(6, 25))
 
 
 def test_unfinished_work_from_other_settings_is_refused(models, tmp_path):

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,49 +135,63 @@ class _Loop:
             self.step, self.seconds = facts["step"], facts["seconds"]
 
     def run(self, report: Callable[[RecoveryProgress], None] | None) -> RecoveryProgress | None:
-        settings = self._settings
-        before = self.seconds
+        first_step = self.step
+        try:
+            # An interrupt comes to the main thread; this one ends its step, so that what is kept is whole steps.
+            with ThreadPoolExecutor(1) as steps:
+                return self._steps(steps, report)
+        finally:
+            # What a failed step was given is gone; then the last checkpoint stays.
+            given = jax.tree.leaves((self.trained, self._state))
+            if self.step > first_step and not any(leaf.is_deleted() for leaf in given):
+                self._save()
+
+    def _steps(
+        self, steps: ThreadPoolExecutor, report: Callable[[RecoveryProgress], None] | None
+    ) -> RecoveryProgress | None:
+        settings, before, first_step = self._settings, self.seconds, self.step
         begin = saved = time.monotonic()
         first_end: float | None = None
-        first_step, last = self.step, None
-        try:
-            while (spent := settings.spent(self.seconds, self.step * settings.step_tokens)) < 1:
-                ids = self._windows[self.step].reshape(settings.micro_batches, settings.batch, -1)
-                rate = settings.rate(max(spent, settings.warmup / 20))  # the first step would learn nothing
-                self.trained, self._state, losses = train_step(
-                    self.trained,
-                    self._state,
-                    self._rest,
-                    self._teacher,
-                    jnp.asarray(ids),
-                    jnp.float32(rate),
-                    weights=(settings.distillation, settings.language_model),
-                    clip=settings.clip,
-                )
-                total, kl, nll = (float(loss) for loss in losses)
-                self.step += 1
-                now = time.monotonic()
-                self.seconds = before + now - begin
-                first_end = first_end or now
-                steps = self.step - first_step - 1
-                per_second = steps * settings.step_tokens / (now - first_end) if steps else 0.0
-                tokens = self.step * settings.step_tokens
-                spent = settings.spent(self.seconds, tokens)
-                elapsed = self.seconds - before
-                gained = spent - settings.spent(before, first_step * settings.step_tokens)
-                remaining = max(1 - spent, 0.0) * elapsed / gained if steps and gained > 0 else None
-                last = RecoveryProgress(
-                    self.step, tokens, self.seconds, spent, total, kl, nll, rate, per_second, remaining
-                )
-                if report is not None:
-                    report(last)
-                if now - saved > 60 * settings.checkpoint_minutes and spent < 1:
-                    self._save()
-                    saved = time.monotonic()
-        finally:
-            if self.step > first_step:
+        last = None
+        while (spent := settings.spent(self.seconds, self.step * settings.step_tokens)) < 1:
+            ids = self._windows[self.step].reshape(settings.micro_batches, settings.batch, -1)
+            rate = settings.rate(max(spent, settings.warmup / 20))  # the first step would learn nothing
+            total, kl, nll = steps.submit(self._take, ids, rate, begin - before).result()
+            now = time.monotonic()
+            first_end = first_end or now
+            timed = self.step - first_step - 1
+            per_second = timed * settings.step_tokens / (now - first_end) if timed else 0.0
+            tokens = self.step * settings.step_tokens
+            spent = settings.spent(self.seconds, tokens)
+            elapsed = self.seconds - before
+            gained = spent - settings.spent(before, first_step * settings.step_tokens)
+            remaining = max(1 - spent, 0.0) * elapsed / gained if timed and gained > 0 else None
+            last = RecoveryProgress(
+                self.step, tokens, self.seconds, spent, total, kl, nll, rate, per_second, remaining
+            )
+            if report is not None:
+                report(last)
+            if now - saved > 60 * settings.checkpoint_minutes and spent < 1:
                 self._save()
+                saved = time.monotonic()
         return last
+
+    def _take(self, ids: np.ndarray, rate: float, since: float) -> tuple[float, ...]:
+        """One step; returns its losses."""
+        trained, state, losses = train_step(
+            self.trained,
+            self._state,
+            self._rest,
+            self._teacher,
+            jnp.asarray(ids),
+            jnp.float32(rate),
+            weights=(self._settings.distillation, self._settings.language_model),
+            clip=self._settings.clip,
+        )
+        values = tuple(float(loss) for loss in losses)
+        self.trained, self._state = trained, state
+        self.step, self.seconds = self.step + 1, time.monotonic() - since
+        return values
 
     def _save(self) -> None:
         self._checkpoint.write((self.trained, self._state), {"step": self.step, "seconds": self.seconds})
