@@ -35,8 +35,8 @@ def test_the_table_says_what_ran_on_what(capsys):
     row = {"size": 64, "density": 0.1, "batch": 1, "index": "mask", "bits_per_weight": 1.6, "seconds": 1e-3}
     ratios = {"dense_seconds": 2.5e-3, "speedup": 2.5, "bandwidth_share": 0.31}
     _bench._print({**machine, **rates}, [{**row, **ratios}])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "│ 0.1 │ 1.60 │ 1 │ 1.000 │ 2.500 │ 2.50 │ 31% │ mask │" in text
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())  # no frame on a narrow terminal
+    assert " 0.1 1.60 1 1.000 2.500 2.50 31% mask " in text
     assert "runs reference: no compiler" in text
     assert "read at 30.0 GB/s" in text
 

@@ -224,13 +224,18 @@ def test_few_and_short_windows_do(source, windows, tokens):
     assert len(found.rules) == 7 * llama.LAYERS
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "norms must be finite; .*the model may have weights"),
+        ("model.norm.weight", "must be a finite number; got nan; the checkpoint may have weights"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, name, message):
     weights = llama.weights()
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    weights[name].reshape(-1)[0] = np.nan
     broken = llama.write_hugging_face(tmp_path / "hf", weights)
-    with pytest.raises(
-        EncodingError, match=r"must be a finite number; got nan; the checkpoint may have weights"
-    ):
+    with pytest.raises(EncodingError, match=message):
         allocate(broken, Settings(density=0.5), CALIBRATION)
 
 
